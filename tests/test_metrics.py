@@ -1,0 +1,191 @@
+"""The metrics against scikit-learn, a brute-force AUPRO, the official code's value, and what must be refused."""
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import gaussian_filter, label
+from sklearn import metrics as reference
+
+from adiff import metrics
+from adiff.core import InputError
+
+PIXEL_NAMES = metrics.METRIC_NAMES[3:]
+
+
+def f1_max(labels, scores):
+    precision, recall, _ = reference.precision_recall_curve(labels, scores)
+    return np.max(2 * precision * recall / np.maximum(precision + recall, 1e-300))
+
+
+def brute_force_curve(masks, maps):
+    "Every distinct score as a threshold, every region, every pixel."
+    regions = []
+    for index, mask in enumerate(masks):
+        labels, number = label(mask, np.ones((3, 3)))
+        regions += [(index, labels == k) for k in range(1, number + 1)]
+    points = [(0.0, 0.0)]
+    for threshold in np.unique(maps)[::-1]:
+        above = maps >= threshold
+        points.append((above[masks == 0].mean(), np.mean([above[index][region].mean() for index, region in regions])))
+    return np.array(points).T
+
+
+def brute_force_aupro(masks, maps, limit):
+    fpr, pro = brute_force_curve(masks, maps)
+    inside = fpr <= limit
+    return reference.auc([*fpr[inside], limit], [*pro[inside], np.interp(limit, fpr, pro)]) / limit
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_pixel_metrics_equal_their_definitions(seed):
+    rng = np.random.default_rng(seed)
+    masks = rng.random((rng.integers(1, 5), *rng.integers(3, 14, 2))) < rng.choice([0.02, 0.15, 0.7])
+    masks.flat[[0, -1]] = True, False
+    maps = rng.random(masks.shape) + rng.choice([-0.5, 0, 0.5]) * masks
+    maps = np.round(maps, rng.integers(0, 4)).astype(rng.choice([np.float32, np.float64]))  # few values: many ties
+    found = metrics.pixel_metrics(masks, maps)
+    flat = masks.ravel(), maps.ravel()
+    expected = [reference.roc_auc_score(*flat), reference.average_precision_score(*flat), f1_max(*flat),
+                brute_force_aupro(masks, maps, 0.3)]
+    assert [found[name] for name in PIXEL_NAMES] == pytest.approx(expected, abs=1e-12)
+    limit = rng.uniform(0.01, 1)
+    assert metrics.aupro(masks, maps, limit) == pytest.approx(brute_force_aupro(masks, maps, limit), abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_pro_curve_passes_through_every_threshold(seed):
+    rng = np.random.default_rng(seed)
+    masks = rng.random((2, 8, 8)) < 0.2
+    maps = np.round(rng.random(masks.shape), 1)
+    fpr, pro = metrics.pro_curve(masks, maps)
+    assert (fpr[0], pro[0], fpr[-1]) == (0, 0, 1) and pro[-1] == pytest.approx(1)
+    assert (np.diff(fpr) >= 0).all() and (np.diff(pro) >= 0).all()
+    for x, y in brute_force_curve(masks, maps).T:
+        low, high = np.searchsorted(fpr, x), np.searchsorted(fpr, x, side="right")  # a step covers a range of heights
+        heights = pro[low:high] if high > low else [np.interp(x, fpr, pro)]
+        assert min(heights) - 1e-12 <= y <= max(heights) + 1e-12
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_image_metrics_equal_scikit_learn(seed):
+    rng = np.random.default_rng(seed)
+    labels = np.append(rng.integers(0, 2, 20), [0, 1])
+    scores = np.round(rng.random(22) + 0.3 * labels, 1)
+    found = metrics.image_metrics(labels, scores)
+    expected = [reference.roc_auc_score(labels, scores), reference.average_precision_score(labels, scores),
+                f1_max(labels, scores)]
+    assert [found[name] for name in metrics.METRIC_NAMES[:3]] == pytest.approx(expected, abs=1e-12)
+
+
+def test_every_kind_of_input_gives_the_same_numbers():
+    rng = np.random.default_rng(0)
+    masks, maps = rng.random((3, 16, 16)) < 0.1, rng.random((3, 16, 16)).astype(np.float32)
+    expected = metrics.pixel_metrics(masks, maps)
+    assert metrics.pixel_metrics(torch.tensor(masks), torch.tensor(maps, requires_grad=True)) == expected
+    assert metrics.pixel_metrics(list(masks.astype(np.uint8) * 255), list(maps)) == expected
+    bfloat = torch.tensor(maps).bfloat16()
+    assert metrics.pixel_metrics(masks, bfloat) == metrics.pixel_metrics(masks, bfloat.float())
+    assert metrics.image_metrics(torch.tensor([True, False]), torch.tensor([0.4, 0.6]))["image_auroc"] == 0
+
+
+def test_images_may_differ_in_size_and_normal_ones_count_as_false_positives():
+    mask, scores = np.zeros((4, 4), int), np.zeros((4, 4))
+    mask[0, 0], scores[0, 0] = 1, 0.5
+    assert metrics.aupro([mask], [scores]) == 1
+    alarm = np.ones((3, 5))  # 15 of 30 normal pixels are above the defect
+    assert metrics.aupro([mask, alarm * 0], [scores, alarm]) == 0
+    assert metrics.pixel_metrics([mask, alarm * 0], [scores, alarm])["pixel_auroc"] == pytest.approx(0.5)
+
+
+def test_corner_contact_joins_a_region():
+    mask = np.zeros((6, 6), int)
+    mask[0, 0] = mask[1, 1] = mask[5, 5] = 1
+    scores = np.where(mask, 1.0, 0.5)
+    scores[0, 0] = 0.0  # half of one region of two pixels, so PRO is 3/4 from the start
+    assert metrics.aupro([mask], [scores]) == pytest.approx(0.75, abs=1e-12)
+
+
+def test_undefined_is_none_with_a_reason():
+    for labels, kind in (([0, 0], "anomalous"), ([1, 1], "normal")):
+        found = metrics.image_metrics(labels, [0.1, 0.2])
+        assert [found[name] for name in metrics.METRIC_NAMES[:3]] == [None] * 3
+        assert found["notes"] == [f"{name}: no {kind} image" for name in metrics.METRIC_NAMES[:3]]
+    for value, kind in ((0, "anomalous"), (1, "normal")):
+        masks, maps = np.full((2, 4, 4), value), np.random.default_rng(0).random((2, 4, 4))
+        found = metrics.pixel_metrics(masks, maps)
+        assert [found[name] for name in PIXEL_NAMES] == [None] * 4
+        assert found["notes"] == [f"{name}: no {kind} pixel" for name in PIXEL_NAMES]
+        for function in (metrics.aupro, metrics.pro_curve, metrics.official_aupro):
+            with pytest.raises(InputError, match=f"no {kind} pixel"):
+                function(masks, maps)
+
+
+MASKS, MAPS = np.eye(4)[None], np.ones((1, 4, 4))
+
+
+@pytest.mark.parametrize("masks, maps, message", [
+    ([], [], "no image"),
+    (MASKS, MAPS * np.nan, "map of image 0: contains NaN"),
+    (MASKS, MAPS * np.inf, "map of image 0: contains NaN or infinite"),
+    (MASKS, MAPS[:, :3], "image 0: mask"),
+    (MASKS, MAPS[:, None], "image 0: mask"),
+    (MASKS, [*MAPS, *MAPS], "only one of them has image 1"),
+])
+def test_bad_maps_are_refused_in_one_line(masks, maps, message):
+    for function in (metrics.pixel_metrics, metrics.aupro, metrics.official_aupro):
+        with pytest.raises(InputError, match=message) as caught:
+            function(masks, maps)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("labels, scores, message", [
+    ([], [], "0 and 0 values"),
+    ([0, 1], [0.1], "2 and 1 values"),
+    ([0, 1], [0.1, float("nan")], "scores: contains NaN"),
+    ([0, -1], [0.1, 0.2], "found -1"),
+])
+def test_bad_scores_are_refused_in_one_line(labels, scores, message):
+    with pytest.raises(InputError, match=message):
+        metrics.image_metrics(labels, scores)
+
+
+@pytest.mark.parametrize("limit", [0, -0.1, 1.01])
+def test_bad_limit_is_refused(limit):
+    with pytest.raises(InputError, match="fpr_limit"):
+        metrics.aupro(MASKS, np.random.default_rng(0).random((1, 4, 4)), limit)
+
+
+def test_mean_leaves_out_and_names_undefined_categories():
+    full = dict.fromkeys(metrics.METRIC_NAMES, 0.5)
+    part = {**full, "aupro": None}
+    found = metrics.mean_metrics({"a": full, "b": {**part, "image_ap": 1.0}, "c": part})
+    assert found["image_ap"] == pytest.approx(2 / 3) and found["aupro"] == 0.5
+    assert found["notes"] == ["aupro: mean over 1 of 3 categories, undefined in b, c"]
+    assert metrics.mean_metrics({"a": {}})["aupro"] is None
+    with pytest.raises(InputError):
+        metrics.mean_metrics({})
+
+
+def test_official_approximation_matches_the_official_code(shared):
+    load_file = pytest.importorskip("safetensors.numpy").load_file
+    path = shared / "golden" / "official_deco" / "golden.safetensors"
+    if not path.exists():
+        pytest.skip("needs the official code's golden values")
+    golden = load_file(path)
+    found = metrics.official_aupro(golden["aupro_mask"], golden["map_out_anomaly_geometric"])
+    assert found == pytest.approx(float(golden["aupro_official_200_thresholds"]), abs=1e-5)
+
+
+def test_memory_is_linear_and_small():
+    rng = np.random.default_rng(0)
+    maps = np.stack([gaussian_filter(rng.random((256, 256), np.float32), 2) for _ in range(12)])
+    masks = np.zeros(maps.shape, bool)
+    masks[:, 30:80, 30:80] = True  # 4% anomalous
+    tracemalloc.start()
+    try:
+        metrics.pixel_metrics(masks, maps)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 16 * maps.size + 2**20  # 9 bytes per normal pixel and at most 160 per anomalous one
