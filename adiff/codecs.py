@@ -15,8 +15,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d_blocks import AutoencoderTinyBlock
-from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -24,13 +23,13 @@ from torch import nn
 from .core import InputError, ensure_folder, read_json
 from .wavelets import WaveletPacket2d, band_names
 
-# %% ../nbs/21_codecs.ipynb #f57a8b0e
+# %% ../nbs/21_codecs.ipynb #d6e48e12
 class Codec(ModelMixin, ConfigMixin):
-    """What every codec offers; subclasses define `_encode_raw`, `_decode_raw` and call `_set_scale` in their constructor.
+    """What every codec offers; subclasses define `_encode_raw`, `_decode_raw` and call `_set_scale` when constructed.
 
-    Images are float tensors (N, 3, H, W) in [-1, 1]; latents are (N, latent_channels, H / downsample, W / downsample), in
-    *scaled* units: (raw - shift) * scale, with the buffers `shift` and `scale` of shape (latent_channels,), which are
-    saved with the weights. Gradients flow through both directions; callers decide about `torch.no_grad`.
+    Images are float tensors (N, 3, H, W) in [-1, 1]; latents are (N, latent_channels, H / downsample, W / downsample)
+    in *scaled* units: (raw - shift) * scale, with the buffers `shift` and `scale` of shape (latent_channels,), which
+    are saved with the weights. Gradients flow through both directions; callers decide about `torch.no_grad`.
     """
 
     has_decoder = True
@@ -54,7 +53,7 @@ class Codec(ModelMixin, ConfigMixin):
         raise NotImplementedError
 
     def latent_shape(self, height, width):
-        "The shape (C, h, w) of the latent of an image of `height` x `width` pixels. Raises `InputError` if it has none."
+        "The latent's shape (C, h, w) for an image of `height` x `width` pixels. Raises `InputError` if it has none."
         if height % self.downsample or width % self.downsample:
             raise InputError(f"images of {height}x{width} pixels do not divide into cells of {self.downsample}x"
                              f"{self.downsample}; resize or crop them to multiples of {self.downsample}")
@@ -93,14 +92,15 @@ class Codec(ModelMixin, ConfigMixin):
         """
         count, total, squares = 0, 0, 0
         for images in batches:
-            raw = self._encode_raw(images)[0].transpose(0, 1).flatten(1).double()
+            self.latent_shape(*images.shape[-2:])
+            raw = self._encode_raw(images)[0].transpose(0, 1).flatten(1).cpu().double()
             count, total, squares = count + raw.shape[1], total + raw.sum(1), squares + raw.square().sum(1)
         if count == 0:
             raise InputError("fit_scale got no images; give it batches of training normals")
         mean = total / count
         std = (squares / count - mean.square()).clamp(min=0).sqrt()
-        self.shift.copy_(mean)
-        self.scale.copy_(torch.where(std > 1e-4, 1 / std, 1.0))  # 1e-4: far below one grey level, only rounding is left
+        self.shift.copy_(mean.float())
+        self.scale.copy_(torch.where(std > 1e-4, 1 / std, 1.0).float())  # 1e-4: far below a grey level, only rounding
         return self
 
 # %% ../nbs/21_codecs.ipynb #f0b1ee91
@@ -131,9 +131,10 @@ def _plain(config):
 
 
 class KLCodec(Codec):
-    """Latents of a diffusers `AutoencoderKL`; its `scaling_factor` (0.18215 if it names none) and `shift_factor` scale them.
+    """Latents of a diffusers `AutoencoderKL`, scaled by its `scaling_factor` (default 0.18215) and `shift_factor`.
 
-    `autoencoder_config`: the config of the AutoencoderKL as a dict. A new one has random weights; see `from_autoencoder`.
+    `autoencoder_config`: the config of the AutoencoderKL as a dict. New ones have random weights: see
+    `from_autoencoder`.
     """
 
     @register_to_config
@@ -222,7 +223,7 @@ class TinyCodec(Codec):
 
     @classmethod
     def from_files(cls, folder):
-        """The codec in a `folder` as its author publishes it: `*_encoder.pth` and `*_decoder.pth`, or `taef2.safetensors`.
+        """The codec in a `folder` of its author's files: `*_encoder.pth` and `*_decoder.pth`, or `taef2.safetensors`.
 
         The number of latent channels and the pooled branch are read off the weights; half precision becomes float32.
         Raises `InputError`, naming the file, if it is missing, not a file of tensors, or of another architecture.
@@ -273,7 +274,7 @@ def _read_pickle(path):
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; encoder and decoder belong side by side") from None
     except pickle.UnpicklingError:
-        raise InputError(f"{path}: refused, it holds more than tensors or is damaged; download it again from its author") from None
+        raise InputError(f"{path}: refused, it holds more than tensors or is damaged; get it from its author") from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise InputError(f"{path}: not a PyTorch weights file ({_one_line(error)}); download it again") from None
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
@@ -287,13 +288,13 @@ def _load_strict(module, state, path):
     found = {key: tensor.shape for key, tensor in state.items()}
     wrong = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
     if wrong:
-        raise InputError(f"{path}: not the weights of a TAESD or TAEF2 part ({len(wrong)} tensors are missing, unknown or "
-                         f"of another shape, first {wrong[0]}); give the author's weights file")
+        raise InputError(f"{path}: not the weights of a TAESD or TAEF2 part ({len(wrong)} tensors are missing, unknown "
+                         f"or of another shape, first {wrong[0]}); give the author's weights file")
     module.load_state_dict(state)
 
 
 def convert_tiny(source_folder, out_folder):
-    """Writes the TAESD-family files in `source_folder` as a safetensors folder that `load_codec` opens; returns the codec.
+    """Writes the author's files in `source_folder` as a safetensors folder that `load_codec` opens; returns the codec.
 
     The folder appears whole or not at all. Raises `InputError` if it exists already.
     """
@@ -322,8 +323,8 @@ _wavelet_options = ("wavelet", "levels", "image_channels")
 def load_codec(name="wavelet", **options):
     """The codec called `name`, frozen and in evaluation mode.
 
-    `name`: wavelet, taef2, taesd, sd-vae-ft-ema, sd-vae-ft-mse, or a folder: one written by a codec's, an AutoencoderKL's or
-    an AutoencoderTiny's `save_pretrained`, or one with NAME_encoder.pth and NAME_decoder.pth. Weights of a named
+    `name`: wavelet, taef2, taesd, sd-vae-ft-ema, sd-vae-ft-mse, or a folder: one written by `save_pretrained` of a
+    codec, an AutoencoderKL or an AutoencoderTiny, or one with NAME_encoder.pth and NAME_decoder.pth. Weights of a named
     codec come from `$ADIFF_WEIGHTS/name`, else from the hub's cache, else from the hub. `options` (wavelet, levels,
     image_channels) are those of the wavelet codec only. Raises `InputError` for an unknown name or option, and if the
     weights are in none of the three places or cannot be read.
@@ -339,7 +340,7 @@ def load_codec(name="wavelet", **options):
     elif Path(name).is_dir():
         codec = _open_folder(Path(name))
     else:
-        raise InputError(f"unknown codec {str(name)!r} (and no such folder); known: wavelet, {', '.join(_hub)}, or a folder")
+        raise InputError(f"unknown codec {str(name)!r}, and no such folder; known: wavelet, {', '.join(_hub)}")
     return codec.eval().requires_grad_(False)
 
 
@@ -355,8 +356,8 @@ def _open_folder(folder):
     for own in (WaveletCodec, KLCodec, TinyCodec):
         if kind == own.__name__:
             return _load_diffusers(own, folder)
-    raise InputError(f"{folder / 'config.json'}: describes {kind}, not a codec; known: WaveletCodec, KLCodec, TinyCodec, "
-                     f"AutoencoderKL, AutoencoderTiny")
+    raise InputError(f"{folder / 'config.json'}: describes {kind}, not a codec; known: WaveletCodec, KLCodec, "
+                     f"TinyCodec, AutoencoderKL, AutoencoderTiny")
 
 
 def _load_named(name):
@@ -365,22 +366,14 @@ def _load_named(name):
     if weights and (Path(weights) / name).is_dir():
         return _open_folder(Path(weights) / name)
     opener, repository, files = _hub[name]
-    try:
-        return opener(_hub_folder(repository, files, local=True))
-    except LocalEntryNotFoundError:
-        pass  # the cache is the second of three places; the third is next
-    try:
-        return opener(_hub_folder(repository, files, local=False))
-    except InputError:
-        raise
-    except Exception as error:  # the hub's transport changes its error types between versions; the reason is passed on
-        place = f"{Path(weights) / name}" if weights else f"$ADIFF_WEIGHTS/{name} (ADIFF_WEIGHTS is not set)"
-        raise InputError(f"codec {name!r}: no weights in {place}, nor in the hub's cache, nor on the hub ({repository}: "
-                         f"{_one_line(error)}); set ADIFF_WEIGHTS to a folder that holds {name}/, or connect once") from None
-
-
-def _hub_folder(repository, files, local):
-    "The folder in the hub's cache that holds `files`, downloaded unless `local`."
-    if not local:
-        HfApi().model_info(repository, timeout=5)  # a download would retry for half a minute without a network
-    return Path([hf_hub_download(repository, file, local_files_only=local) for file in files][0]).parent
+    paths = [try_to_load_from_cache(repository, file) for file in files]
+    if not all(isinstance(path, str) for path in paths):
+        try:
+            HfApi().model_info(repository, timeout=5)  # without a network a download would retry for half a minute
+            paths = [hf_hub_download(repository, file) for file in files]
+        except Exception as error:  # the error types of the hub's transport change between its versions
+            place = f"{Path(weights) / name}" if weights else f"$ADIFF_WEIGHTS/{name} (ADIFF_WEIGHTS is not set)"
+            raise InputError(f"codec {name!r}: no weights in {place}, nor in the hub's cache, nor on the hub "
+                             f"({repository}: {type(error).__name__}); set ADIFF_WEIGHTS to a folder that holds "
+                             f"{name}/, or connect to the network once") from None
+    return opener(Path(paths[0]).parent)

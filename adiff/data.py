@@ -132,7 +132,7 @@ class Protocol:
 
     def __post_init__(self):
         if not 1 <= self.size <= self.resize:
-            raise InputError(f"protocol {self.name}: resize {self.resize} and crop {self.crop}; needs 1 <= crop <= resize")
+            raise InputError(f"{self.name}: resize {self.resize}, crop {self.crop}; needs 1 <= crop <= resize")
 
     @property
     def size(self):
@@ -263,7 +263,7 @@ class Dataset:
         return read_image(self.root/row.path)
 
     def mask(self, row, protocol):
-        """bool (size, size) of a `row` of `samples`: all False for a normal image, None for an anomalous one without mask.
+        """bool (size, size) of a `row` of `samples`: all False if normal, None if anomalous and without a mask.
 
         Raises `InputError` if the mask cannot be read or is not of its image's size.
         """
@@ -276,9 +276,9 @@ class Dataset:
                 self.root/file, *mask.size, self.root/row.path, *frame))
         return protocol.mask(mask)
 
-# %% ../nbs/10_data.ipynb #529c89d7
+# %% ../nbs/10_data.ipynb #a2ce9723
 def _hold_out(samples):
-    "`samples` where each category without validation rows gives a tenth (rounded, at least 1) of 2 or more training rows."
+    "`samples` where each category without validation rows gives a tenth (rounded, at least 1) of its training rows."
     samples = samples.copy()
     for _, rows in samples.groupby("category"):
         train = rows[rows.split == "train"]
@@ -392,16 +392,16 @@ def _read_table(root, categories, file):
     present["mask"] = [mask if mask and (root/mask).is_file() else "" for mask in present["mask"]]
     notes = [f"split table {Path(file).name}"]
     if len(present) < len(samples):
-        notes.append(f"{len(samples) - len(present)} of {len(samples)} rows of the split table have no file here and are "
-                     f"left out" + (f" (nothing of {', '.join(absent)})" if absent else ""))
+        notes.append(f"{len(samples) - len(present)} of {len(samples)} rows of the split table have no file here and "
+                     "are left out" + (f" (nothing of {', '.join(absent)})" if absent else ""))
     return _finish(root, root.name, present.to_numpy().tolist(), notes)
 
 # %% ../nbs/10_data.ipynb #744cf85f
 def read_dataset(root, categories="all", split_table=None):
     """The `Dataset` in folder `root`: MVTec AD layout, VisA, any root with a `split_table` (CSV), or a plain folder.
 
-    `categories`: "all", names separated by commas, or a list. Files absent from disk, missing masks, skipped folders and
-    held-out normals are told in `notes`. Raises `InputError` for an unknown category or a folder that fits no layout.
+    `categories`: "all", names separated by commas, or a list. Absent files, missing masks, skipped folders and held-out
+    normals are told in `notes`. Raises `InputError` for an unknown category or a folder that fits no layout.
     """
     root = Path(os.path.abspath(root))
     if not root.is_dir():
@@ -416,8 +416,8 @@ def read_dataset(root, categories="all", split_table=None):
     labelled = [path.name for folder in [root, *inside] for path in _folders_in(folder)
                 if path.name in ("train", "test", "ground_truth", "good")]
     if labelled:
-        raise InputError(f"{root}: has a folder {labelled[0]!r} but no images in CATEGORY/train/good or CATEGORY/test/DEFECT; "
-                         "give the MVTec AD layout, a split table, or a plain folder of normal images")
+        raise InputError(f"{root}: has a folder {labelled[0]!r} but no images in CATEGORY/train/good or "
+                         "CATEGORY/test/DEFECT; use that layout, a split table, or a plain folder of normal images")
     _chosen(categories, [root.name])
     rows = [(path.relative_to(root).as_posix(), root.name, "train", 0, "good", "") for path in find_images(root)]
     note = "plain folder: every image is taken as a normal training image of one category"

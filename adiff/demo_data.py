@@ -56,50 +56,50 @@ def _blob(generator, radius, wobble=0.25):
 def _line(generator, width):
     "Soft bent line in [0, 1], (128, 128), `width` pixels wide."
     start, angle = generator.uniform(24, _size - 24, 2), generator.uniform(0, 2 * np.pi)
-    turns = np.cumsum(generator.normal(0, 0.05, 60))
+    turns = np.cumsum(generator.normal(0, 0.05, 70))
     steps = np.stack([np.sin(angle + turns), np.cos(angle + turns)], axis=1)
     y, x = np.mgrid[:_size, :_size]
     points = start + np.cumsum(steps, axis=0)
     distance = np.min([np.hypot(y - row, x - column) for row, column in points], axis=0)
     return (width / 2 + 0.5 - distance).clip(0, 1)
 
-# %% ../nbs/11_demo_data.ipynb #315ee195
+# %% ../nbs/11_demo_data.ipynb #6de8bdd2
 def _scratch(tile, other, generator):
     "A thin bright line, as of a dragged tool."
-    return _line(generator, generator.uniform(2.5, 3.5)), tile * 0.3 + generator.uniform(150, 175)
+    return _line(generator, generator.uniform(4, 5)), tile * 0.15 + generator.uniform(210, 225)
 
 
 def _stain(tile, other, generator):
     "A liquid: darker, the texture shows through."
-    return _blob(generator, generator.uniform(14, 22)), tile * generator.uniform(0.45, 0.6)
+    return _blob(generator, generator.uniform(17, 23)), tile * generator.uniform(0.3, 0.42)
 
 
 def _hole(tile, other, generator):
     "A dark cavity with a little depth."
-    shape = _blob(generator, generator.uniform(8, 12), wobble=0.15)
-    return shape, 45 - 25 * ndimage.gaussian_filter(shape, 4) + generator.normal(0, 4, tile.shape)
+    shape = _blob(generator, generator.uniform(10, 14), wobble=0.15)
+    return shape, 40 - 25 * ndimage.gaussian_filter(shape, 4) + generator.normal(0, 4, tile.shape)
 
 
 def _foreign_texture(tile, other, generator):
-    "A patch of another surface, at this tile's mean brightness."
-    return _blob(generator, generator.uniform(14, 20)), other - other.mean() + tile.mean()
+    "A patch of another surface."
+    return _blob(generator, generator.uniform(17, 23)), other
 
 
 def _blur(tile, other, generator):
     "A smeared or melted spot."
-    return _blob(generator, generator.uniform(16, 22)), ndimage.gaussian_filter(tile, 3.5, mode="reflect")
+    return _blob(generator, generator.uniform(19, 24)), ndimage.gaussian_filter(tile, 5, mode="reflect")
 
 
 def _missing_part(tile, other, generator):
     "A bare place: what carries the texture is gone, an even ground is left."
     ground = ndimage.gaussian_filter(generator.normal(0, 1, tile.shape), 2, mode="wrap")
-    level = tile.mean() + generator.choice([-1, 1]) * generator.uniform(30, 45)
-    return _blob(generator, generator.uniform(13, 18), wobble=0.4), level + 5 * ground / ground.std()
+    level = tile.mean() + generator.choice([-1, 1]) * generator.uniform(50, 65)
+    return _blob(generator, generator.uniform(15, 20), wobble=0.4), level + 5 * ground / ground.std()
 
 
 defects = {"blur": _blur, "foreign_texture": _foreign_texture, "hole": _hole, "missing_part": _missing_part,
            "scratch": _scratch, "stain": _stain}
-_foreign = {"brick": "gravel", "grass": "brick", "gravel": "grass"}
+_foreign = {"brick": "gravel", "grass": "brick", "gravel": "brick"}
 
 
 def _defective(tile, other, defect, generator):
@@ -140,7 +140,7 @@ def make_demo_data(folder, seed=0, train=80, good=20, per_defect=6):
                 and len(find_images(folder)) == files:
             return folder
         if not folder.is_dir() or any(folder.iterdir()):
-            raise InputError(f"{folder}: exists and is not this demo data (seed {seed}); remove it or choose another folder")
+            raise InputError(f"{folder}: holds something else than the demo data of seed {seed}; choose another folder")
     ensure_folder(folder.parent)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         whole = Path(temporary)/"whole"

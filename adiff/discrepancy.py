@@ -57,16 +57,18 @@ class DeviationDiscrepancy(ModelMixin, ConfigMixin):
                 raise unknown_name("discrepancy level", level, ("pixel", "latent"))
         if combination not in ("geometric", "arithmetic"):
             raise unknown_name("combination", combination, ("geometric", "arithmetic"))
+        # A module of diffusers must hold a tensor to know its device and type; the caps are the only numbers here.
+        self.register_buffer("caps", torch.tensor([pixel_cap, latent_cap]))
 
     def pixel(self, reference, reconstruction):
         "Images (N, 3, H, W) in [-1, 1] -> (N, H, W) in [0, 1]."
         difference = (reconstruction - reference).abs().amax(1)
-        return gaussian_smooth(difference.clamp(max=self.config.pixel_cap) / self.config.pixel_cap, self.config.pixel_sigma)
+        return gaussian_smooth((difference / self.caps[0]).clamp(max=1), self.config.pixel_sigma)
 
     def latent(self, z, corrected):
         "Scaled latents (N, C, h, w) -> (N, h, w) in [0, 1]."
         difference = (corrected - z).abs().mean(1)
-        return gaussian_smooth(difference.clamp(max=self.config.latent_cap) / self.config.latent_cap, self.config.latent_sigma)
+        return gaussian_smooth((difference / self.caps[1]).clamp(max=1), self.config.latent_sigma)
 
     def forward(self, z, corrected, reference, reconstruction, size):
         """All maps as a dict, each (N, size, size): one per level, and "anomaly", their combination.
