@@ -16,6 +16,7 @@ from PIL import Image
 from scipy import ndimage
 
 from .core import InputError, derive_seed, ensure_folder, read_json, write_json
+from .data import find_images
 
 # %% ../nbs/11_demo_data.ipynb #169c5bc7
 photographs = {"brick": "CC0Textures (Bricks25), CC0", "grass": "DeviantArt (linolafett, Grass-01), CC0",

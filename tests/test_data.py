@@ -1,0 +1,479 @@
+"""Reading data: odd images and broken files, protocols, layouts, split tables, held-out normals, the demo dataset."""
+import hashlib
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from adiff.core import InputError
+from adiff.data import (FULL_FRAME, OFFICIAL, PROTOCOLS, Images, Protocol, find_images, load_images, read_dataset,
+                        read_image, scale, to_array, to_tensor)
+from adiff.demo_data import make_demo_data
+
+OFFICIAL_TRAINING = {"bottle": 188, "cable": 202, "capsule": 197, "carpet": 252, "grid": 238, "hazelnut": 352,
+                     "leather": 221, "metal_nut": 198, "pill": 240, "screw": 288, "tile": 207, "toothbrush": 54,
+                     "transistor": 192, "wood": 222, "zipper": 216}
+
+
+def save(path, size=(8, 8), grey=128):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", size, grey).save(path)
+
+
+def make_category(folder, train=20, good=3, dents=3, masks=3):
+    for index in range(train):
+        save(folder / f"train/good/{index:03}.png")
+    for index in range(good):
+        save(folder / f"test/good/{index:03}.png")
+    for index in range(dents):
+        save(folder / f"test/dent/{index:03}.png")
+    for index in range(masks):
+        save(folder / f"ground_truth/dent/{index:03}_mask.png", grey=255)
+
+
+def one_line(error):
+    message = str(error.value)
+    assert message and "\n" not in message
+    return message
+
+
+# ---- images
+
+GREY16 = np.full((5, 7), 32896, np.uint16)  # 128 * 257
+
+
+@pytest.mark.parametrize("name, image, expected", [
+    ("l.png", Image.new("L", (7, 5), 128), 128),
+    ("1.png", Image.new("1", (7, 5), 1), 255),
+    ("la.png", Image.new("LA", (7, 5), (0, 128)), 127),
+    ("rgba.png", Image.new("RGBA", (7, 5), (0, 0, 0, 0)), 255),
+    ("p.png", Image.new("L", (7, 5), 128).convert("P"), 128),
+    ("i16.png", Image.fromarray(GREY16), 128),
+    ("i16.tif", Image.fromarray(GREY16), 128),
+    ("i.tif", Image.fromarray(GREY16.astype(np.int32)), 128),
+    ("f.tif", Image.fromarray(np.full((5, 7), 128 / 255, np.float32)), 128),
+    ("cmyk.tif", Image.new("CMYK", (7, 5), (0, 0, 0, 127)), 128),
+    ("rgb.webp", Image.new("RGB", (7, 5), (255, 255, 255)), 255),
+    ("rgb.BMP", Image.new("RGB", (7, 5), (128, 128, 128)), 128),
+])
+def test_every_mode_becomes_rgb(tmp_path, name, image, expected):
+    image.save(tmp_path / name)
+    for source in (tmp_path / name, str(tmp_path / name), image):
+        rgb = read_image(source)
+        assert rgb.mode == "RGB" and rgb.size == (7, 5)
+        assert np.abs(np.asarray(rgb, int) - expected).max() <= 1
+
+
+def test_transparent_palette_and_grey(tmp_path):
+    palette = Image.new("P", (4, 4), 0)
+    palette.putpalette([200, 0, 0])
+    palette.save(tmp_path / "p.png", transparency=0)
+    Image.new("L", (4, 4), 7).save(tmp_path / "l.png", transparency=7)
+    for name in ("p.png", "l.png"):
+        assert read_image(tmp_path / name).getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("orientation, size", [(1, (7, 5)), (3, (7, 5)), (6, (5, 7)), (8, (5, 7))])
+def test_exif_orientation(tmp_path, orientation, size):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (7, 5)).save(tmp_path / "turned.jpg", exif=exif)
+    assert read_image(tmp_path / "turned.jpg").size == size
+
+
+@pytest.mark.parametrize("array", [
+    np.full((5, 7), 128, np.uint8), np.full((5, 7, 1), 128, np.uint8), np.full((5, 7, 3), 128, np.uint8), GREY16,
+    np.dstack([GREY16] * 3), np.full((5, 7), 128 / 255), np.full((5, 7, 3), 128 / 255, np.float32),
+    np.dstack([np.full((5, 7, 3), 128, np.uint8), np.full((5, 7), 255, np.uint8)]),
+], ids=lambda array: f"{array.dtype}{array.shape}")
+def test_arrays(array):
+    assert np.array_equal(read_image(array), np.full((5, 7, 3), 128))
+
+
+@pytest.mark.parametrize("array", [
+    np.full((5, 7), np.nan), np.full((5, 7), np.inf), np.full((5, 7), -0.5), np.full((5, 7), 2.0), np.zeros((0, 7)),
+    np.zeros((5, 7, 2)), np.zeros(5), np.zeros((5, 7), np.int32), np.array([["a"]]), np.array([[None]]),
+], ids=lambda array: f"{array.dtype}{array.shape}{array.flat[:1]}")
+def test_unusable_arrays(array):
+    with pytest.raises(InputError) as error:
+        read_image(array)
+    one_line(error)
+
+
+def test_broken_files(tmp_path):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    for suffix in ("png", "jpg", "tif", "webp", "bmp"):
+        noise.save(tmp_path / f"whole.{suffix}")
+        content = (tmp_path / f"whole.{suffix}").read_bytes()
+        (tmp_path / f"cut.{suffix}").write_bytes(content[:len(content) // 2])
+    damaged = bytearray((tmp_path / "whole.png").read_bytes())
+    damaged[60:90] = bytes(30)
+    (tmp_path / "damaged.png").write_bytes(damaged)
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "text.png").write_text("not an image\n")
+    (tmp_path / "folder.png").mkdir()
+    Image.fromarray(np.full((4, 4), np.nan, np.float32)).save(tmp_path / "nan.tif")
+    Image.fromarray(np.full((4, 4), 70000, np.int32)).save(tmp_path / "wide.tif")
+    broken = ["cut.png", "cut.jpg", "cut.tif", "cut.webp", "cut.bmp", "damaged.png", "empty.png", "text.png",
+              "folder.png", "nan.tif", "wide.tif", "missing.png"]
+    for name in broken:
+        with pytest.raises(InputError) as error:
+            read_image(tmp_path / name)
+        assert name in one_line(error), name
+
+
+def test_decompression_bomb(tmp_path, monkeypatch):
+    save(tmp_path / "huge.png", (100, 100))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(InputError) as error:
+        read_image(tmp_path / "huge.png")
+    assert "huge.png" in one_line(error)
+
+
+def test_other_sources_are_refused():
+    for source in (None, 3, torch.zeros(3, 4, 4)):
+        with pytest.raises(InputError):
+            read_image(source)
+
+
+def test_tensor_round_trip():
+    image = Image.fromarray(np.arange(256 * 3, dtype=np.uint16).astype(np.uint8).reshape(16, 16, 3))
+    tensor = to_tensor(image)
+    assert tensor.shape == (3, 16, 16) and tensor.dtype == torch.float32 and tensor.min() == -1 and tensor.max() == 1
+    assert np.array_equal(to_array(tensor), np.asarray(image))
+    assert to_array(torch.tensor([-3.0, 3.0]).expand(3, 1, 2))[0, :, 0].tolist() == [0, 255]
+
+
+# ---- protocols
+
+def test_official_crop_is_exact_at_288():
+    noise = np.random.default_rng(0).integers(0, 256, (288, 288, 3), np.uint8)
+    assert np.array_equal(OFFICIAL.image(Image.fromarray(noise)), noise[16:272, 16:272])
+    full = noise[:256, :256]
+    assert np.array_equal(FULL_FRAME.image(Image.fromarray(full)), full)
+    assert [protocol.size for protocol in PROTOCOLS.values()] == [256, 256]
+
+
+def test_official_mask_rule():
+    mask = np.zeros((900, 700), np.uint8)
+    mask[400:500, 300:400] = 1  # any value above 0 is anomalous
+    ours = OFFICIAL.mask(Image.fromarray(mask))
+    resized = Image.fromarray(mask * np.uint8(255)).resize((288, 288), Image.Resampling.BICUBIC)
+    assert np.array_equal(ours, np.asarray(resized.crop((16, 16, 272, 272))) > 0)
+    assert ours.sum() > mask.sum() * 288 * 288 / mask.size  # slightly dilated
+    corner = np.zeros((288, 288), np.uint8)
+    corner[:16] = 255
+    assert not OFFICIAL.mask(Image.fromarray(corner)).any() and FULL_FRAME.mask(Image.fromarray(corner)).any()
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGB", "RGBA", "I", "I;16"])
+def test_mask_modes(mode):
+    empty = Image.new(mode, (256, 256))
+    if mode in ("LA", "RGBA"):
+        empty.putalpha(255)
+    full = Image.new("L", (256, 256), 1) if mode in ("1", "LA", "RGB", "RGBA") else Image.new(mode, (256, 256), 1)
+    assert not FULL_FRAME.mask(empty).any() and FULL_FRAME.mask(full.convert(mode)).all() == (mode != "1")
+
+
+def test_place_puts_the_map_where_it_was():
+    frame = np.zeros((400, 600), np.uint8)
+    frame[150:190, 420:480] = 255
+    seen = np.asarray(OFFICIAL.image(Image.fromarray(frame)), np.float32) / 255
+    placed = OFFICIAL.place(seen, (600, 400))
+    assert placed.shape == (400, 600) and placed.dtype == np.float32
+    inside = placed > 0.5
+    assert (inside & (frame > 0)).sum() / (inside | (frame > 0)).sum() > 0.9
+    ones = OFFICIAL.place(torch.ones(256, 256), (600, 400))
+    assert set(np.unique(ones.round(5))) == {0, 1} and abs(ones.mean() - (256 / 288) ** 2) < 0.01
+    assert np.allclose(FULL_FRAME.place(np.ones((256, 256)), (31, 17)), 1)
+
+
+def test_protocol_at_another_size_and_refused():
+    assert OFFICIAL.at(128) == Protocol("official@128", 144, 128) and FULL_FRAME.at(64).size == 64
+    for resize, crop in ((256, 288), (0, None), (10, 0)):
+        with pytest.raises(InputError):
+            Protocol("wrong", resize, crop)
+
+
+# ---- folders
+
+def test_find_images(tmp_path):
+    for name in ("b.JPG", "a.png", "deep/c.TIFF", ".hidden.png", ".cache/d.png"):
+        save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("x")
+    found = [path.relative_to(tmp_path).as_posix() for path in find_images(tmp_path)]
+    assert found == ["a.png", "b.JPG", "deep/c.TIFF"]
+    (tmp_path / "empty").mkdir()
+    for folder in ("empty", "missing", "a.png"):
+        with pytest.raises(InputError) as error:
+            find_images(tmp_path / folder)
+        assert folder in one_line(error)
+
+
+def test_mvtec_layout(tmp_path):
+    make_category(tmp_path / "tire")
+    make_category(tmp_path / "bottle", good=0, masks=1)
+    make_category(tmp_path / "nut", train=0)
+    (tmp_path / "notes").mkdir()
+    dataset = read_dataset(tmp_path)
+    assert dataset.categories == ["bottle", "nut", "tire"] and dataset.name == tmp_path.name
+    assert len(dataset.select("train", "tire")) == 18 and len(dataset.select("validation", "tire")) == 2
+    notes = "\n".join(dataset.notes)
+    for fact in ("notes: skipped", "bottle: test images are all anomalous", "nut: no training images",
+                 "bottle: 2 of 3 anomalous test images have no mask", "deterministic tenth"):
+        assert fact in notes
+    test = dataset.select("test", "tire")
+    assert test.label.tolist() == [1, 1, 1, 0, 0, 0] and test.defect.tolist() == ["dent"] * 3 + ["good"] * 3
+    assert test["mask"][0] == "tire/ground_truth/dent/000_mask.png" and dataset.image(test.iloc[0]).size == (8, 8)
+
+
+def test_one_category_folder_is_the_same_dataset(tmp_path):
+    make_category(tmp_path / "tire")
+    pd.testing.assert_frame_equal(read_dataset(tmp_path).samples, read_dataset(tmp_path / "tire").samples)
+
+
+@pytest.mark.parametrize("categories", ["all", "tire,nut", " nut , tire ", ["tire", "nut"]])
+def test_choosing_categories(tmp_path, categories):
+    for name in ("tire", "nut"):
+        make_category(tmp_path / name)
+    assert read_dataset(tmp_path, categories).categories == ["nut", "tire"]
+    assert read_dataset(tmp_path, "tire").categories == ["tire"]
+
+
+def test_unknown_names(tmp_path):
+    make_category(tmp_path / "tire")
+    for categories in ("tyre", "tire,tyre", ["tyre"], "", []):
+        with pytest.raises(InputError) as error:
+            read_dataset(tmp_path, categories)
+        one_line(error)
+    with pytest.raises(InputError, match="known: tire"):
+        read_dataset(tmp_path, "tyre")
+    for wrong in (("val", None), ("test", "tyre")):
+        with pytest.raises(InputError, match="known"):
+            read_dataset(tmp_path).select(*wrong)
+    with pytest.raises(InputError, match="no such folder"):
+        read_dataset(tmp_path / "missing")
+
+
+def test_labelled_folders_that_fit_no_layout_are_refused(tmp_path):
+    save(tmp_path / "a/train/000.png")
+    save(tmp_path / "b/test/dent/000.png")
+    save(tmp_path / "c/bottle/ground_truth/dent/000_mask.png")
+    for folder in ("a", "c"):
+        with pytest.raises(InputError, match="CATEGORY/train/good"):
+            read_dataset(tmp_path / folder)
+    assert read_dataset(tmp_path / "b").select("test").label.tolist() == [1]  # a category that can only be evaluated
+
+
+def test_plain_folder(tmp_path):
+    for index in range(12):
+        save(tmp_path / f"screws/{'morning' if index % 2 else ''}/{index}.png")
+    dataset = read_dataset(tmp_path / "screws")
+    assert dataset.categories == ["screws"] and len(dataset.select("train")) == 11
+    assert (dataset.samples.label == 0).all()
+    assert any("plain folder" in note for note in dataset.notes)
+    with pytest.raises(InputError, match="known: screws"):
+        read_dataset(tmp_path / "screws", "bolts")
+
+
+def test_masks(tmp_path):
+    make_category(tmp_path / "tire", masks=2)
+    save(tmp_path / "tire/ground_truth/dent/001_mask.png", (9, 8))
+    dataset = read_dataset(tmp_path)
+    test, protocol = dataset.select("test"), FULL_FRAME.at(8)
+    for rows in (list(test.itertuples()), [test.iloc[index] for index in range(len(test))]):
+        assert dataset.mask(rows[0], protocol).all() and dataset.mask(rows[2], protocol) is None
+        assert not dataset.mask(rows[3], protocol).any()
+        with pytest.raises(InputError) as error:
+            dataset.mask(rows[1], protocol)
+        assert all(part in one_line(error) for part in ("001_mask.png", "dent/001.png", "9 x 8", "8 x 8"))
+
+
+# ---- held-out normals
+
+def held_out(dataset, category):
+    return {path.split("/")[-1] for path in dataset.select("validation", category).path}
+
+
+def test_held_out_normals_are_stable(tmp_path):
+    for name in ("tire", "nut"):
+        make_category(tmp_path / name, train=40)
+    before = read_dataset(tmp_path)
+    assert len(held_out(before, "tire")) == 4 and held_out(before, "tire") != held_out(before, "nut")
+    assert held_out(read_dataset(tmp_path, "tire"), "tire") == held_out(before, "tire")
+    save(tmp_path / "nut/train/good/new.png")
+    make_category(tmp_path / "bottle")
+    assert held_out(read_dataset(tmp_path), "tire") == held_out(before, "tire")
+    save(tmp_path / "tire/train/good/new.png")
+    assert len(held_out(read_dataset(tmp_path), "tire") & held_out(before, "tire")) >= 3
+
+
+@pytest.mark.parametrize("train, expected", [(1, 0), (2, 1), (5, 1), (20, 2)])
+def test_held_out_count(tmp_path, train, expected):
+    make_category(tmp_path / "tire", train=train)
+    dataset = read_dataset(tmp_path)
+    assert (len(dataset.select("train")), len(dataset.select("validation"))) == (train - expected, expected)
+
+
+def test_fingerprint(tmp_path):
+    make_category(tmp_path / "a/tire")
+    make_category(tmp_path / "b/tire")
+    first = read_dataset(tmp_path / "a").fingerprint()
+    assert first == read_dataset(tmp_path / "b").fingerprint() and len(first) == 16
+    save(tmp_path / "b/tire/test/good/000.png", (64, 64), 3)
+    assert read_dataset(tmp_path / "b").fingerprint() != first
+
+
+# ---- split tables
+
+def write_table(path, rows, columns="object,split,label,image,mask"):
+    path.write_text("\n".join([columns, *rows]) + "\n")
+    return path
+
+
+def touch_all(root, table):
+    for path in [*table.image, *table["mask"].dropna()]:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).touch()
+
+
+def test_official_mvtec_table(shared, tmp_path):
+    file = shared / "splits/mvtec-split.csv"
+    touch_all(tmp_path, pd.read_csv(file))
+    dataset = read_dataset(tmp_path, split_table=file)
+    assert dataset.select("train").category.value_counts().to_dict() == OFFICIAL_TRAINING
+    sizes = {split: len(dataset.select(split)) for split in ("train", "validation", "test")}
+    assert sizes == {"train": 3267, "validation": 362, "test": 1725} and dataset.select("test").label.sum() == 1258
+    assert not any("tenth" in note or "no mask" in note for note in dataset.notes)
+    assert set(dataset.select("test", "bottle").defect) == {"good", "broken_large", "broken_small", "contamination"}
+
+
+def test_official_visa_table(shared, tmp_path):
+    file = shared / "splits/visa-split.csv"
+    table = pd.read_csv(file)
+    table = table[table.object.isin(["candle", "pcb3"])]
+    touch_all(tmp_path, table)
+    by_table = read_dataset(tmp_path, "candle,pcb3", split_table=file)
+    (tmp_path / "split_csv").mkdir()
+    table.to_csv(tmp_path / "split_csv/1cls.csv", index=False)
+    detected = read_dataset(tmp_path)
+    pd.testing.assert_frame_equal(by_table.samples, detected.samples)
+    assert len(detected.select("train", "candle")) == 810 and len(detected.select("validation", "candle")) == 90
+    assert detected.select("test").groupby("category").label.sum().to_dict() == {"candle": 100, "pcb3": 100}
+
+
+def test_table_with_files_missing(shared, tmp_path):
+    file = shared / "splits/mvtec-split.csv"
+    table = pd.read_csv(file)
+    touch_all(tmp_path, table[table.object == "bottle"])
+    (tmp_path / "bottle/train/good/000.png").unlink()
+    (tmp_path / "bottle/ground_truth/broken_large/000_mask.png").unlink()
+    dataset = read_dataset(tmp_path, split_table=file)
+    assert dataset.categories == ["bottle"] and len(dataset.samples) == 291
+    assert any("have no file here" in note and "cable" in note for note in dataset.notes)
+    assert any("1 of 63 anomalous test images have no mask" in note for note in dataset.notes)
+    with pytest.raises(InputError, match="cable"):
+        read_dataset(tmp_path, "bottle,cable", split_table=file)
+    (tmp_path / "elsewhere").mkdir()
+    with pytest.raises(InputError, match="mvtec-split.csv"):
+        read_dataset(tmp_path / "elsewhere", split_table=file)
+
+
+@pytest.mark.parametrize("rows, columns, message", [
+    (["a,train,normal"], "object,split,label", "no column image"),
+    ([], "object,split,label,image,mask", "no rows"),
+    (["a,training,normal,a/0.png,"], "object,split,label,image,mask", "row 2"),
+    (["a,train,normal,a/0.png,", "a,test,broken,a/1.png,"], "object,split,label,image,mask", "row 3"),
+    (["a,train,normal,a/0.png,", "a,test,normal,a/0.png,"], "object,split,label,image,mask", "listed twice"),
+    (["a,train,normal,../0.png,"], "object,split,label,image,mask", "relative"),
+    (["a,train,anomaly,a/0.png,"], "object,split,label,image,mask", "anomalous image outside the test split"),
+    (['a,train,"normal,a/0.png,'], "object,split,label,image,mask", "not a CSV"),
+])
+def test_spoilt_tables(tmp_path, rows, columns, message):
+    file = write_table(tmp_path / "table.csv", rows, columns)
+    with pytest.raises(InputError, match=message) as error:
+        read_dataset(tmp_path, split_table=file)
+    assert "table.csv" in one_line(error)
+
+
+def test_missing_or_binary_table(tmp_path):
+    (tmp_path / "binary.csv").write_bytes(bytes(range(256)))
+    for name in ("missing.csv", "binary.csv"):
+        with pytest.raises(InputError, match=name):
+            read_dataset(tmp_path, split_table=tmp_path / name)
+
+
+def test_development_data(shared):
+    dataset = read_dataset(shared / "data/mvtec_ad")
+    assert len(dataset.select("train", "bottle")) == 188 and len(dataset.select("test", "bottle")) == 83
+    row = dataset.select("test", "bottle").iloc[0]
+    assert dataset.mask(row, OFFICIAL).any() and OFFICIAL.image(dataset.image(row)).size == (256, 256)
+    assert len(read_dataset(shared / "data/mvtec_style", "tire").select("test")) == 112
+
+
+# ---- images for the network
+
+def test_lazy_and_eager_images_agree(tmp_path):
+    make_category(tmp_path / "tire", train=6)
+    dataset = read_dataset(tmp_path)
+    lazy = Images(dataset, dataset.select("train"), OFFICIAL.at(32))
+    eager = load_images(lazy.paths, OFFICIAL.at(32))
+    assert eager.shape == (5, 3, 32, 32) and eager.dtype == torch.uint8
+    assert torch.equal(torch.stack([lazy[index] for index in range(len(lazy))]), scale(eager))
+    (tmp_path / "tire/train/good/000.png").write_text("broken")
+    with pytest.raises(InputError, match="000.png"):
+        load_images(find_images(tmp_path), OFFICIAL.at(32))
+
+
+# ---- the demo dataset
+
+def digest(folder):
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return hashlib.sha256(b"".join(path.relative_to(folder).as_posix().encode() + path.read_bytes() for path in files))
+
+
+SMALL = dict(train=3, good=2, per_defect=1)
+
+
+def test_demo_data_is_the_same_for_the_same_seed(tmp_path):
+    folders = [make_demo_data(tmp_path / name, seed, **SMALL) for name, seed in (("a", 0), ("b", 0), ("c", 1))]
+    first, second, other = (digest(folder).digest() for folder in folders)
+    assert first == second != other
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]  # no temporary folder is left
+
+
+def test_demo_data_reads_as_mvtec(tmp_path):
+    dataset = read_dataset(make_demo_data(tmp_path / "demo", **SMALL))
+    assert dataset.categories == ["brick", "grass", "gravel"] and len(dataset.select("test")) == 3 * (2 + 6)
+    for row in dataset.select("test").itertuples():
+        mask = dataset.mask(row, FULL_FRAME.at(128))
+        assert 0.005 < mask.mean() < 0.2 if row.label else not mask.any()
+        assert dataset.image(row).size == (128, 128)
+
+
+def test_demo_data_respects_what_is_there(tmp_path):
+    folder = make_demo_data(tmp_path / "demo", **SMALL)
+    times = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    make_demo_data(folder, **SMALL)
+    assert times == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    with pytest.raises(InputError, match="demo"):
+        make_demo_data(folder, seed=1, **SMALL)
+    find_images(folder)[0].unlink()
+    with pytest.raises(InputError):
+        make_demo_data(folder, **SMALL)
+    (tmp_path / "mine").mkdir()
+    make_demo_data(tmp_path / "mine", **SMALL)  # an empty folder is fine
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError):
+        make_demo_data(tmp_path / "file", **SMALL)
+
+
+def test_demo_script(repository, tmp_path):
+    (tmp_path / "file").touch()
+    run = subprocess.run([sys.executable, repository / "data_scripts/demo.py", "--out", tmp_path / "file"],
+                         capture_output=True, text=True)
+    assert run.returncode == 2 and run.stderr.count("\n") == 1 and "file" in run.stderr
