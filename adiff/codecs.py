@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['Codec', 'WaveletCodec', 'KLCodec', 'PooledTinyBlock', 'TinyCodec', 'convert_tiny', 'load_codec']
 
-# %% ../nbs/21_codecs.ipynb #e9928128
+# %% ../nbs/21_codecs.ipynb #e338d16a
 import os
 import pickle
-import tempfile
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from .core import InputError, ensure_folder, read_json
+from .core import InputError, atomic_folder, read_json
 from .wavelets import WaveletPacket2d, band_names
 
 # %% ../nbs/21_codecs.ipynb #d6e48e12
@@ -298,14 +297,9 @@ def convert_tiny(source_folder, out_folder):
 
     The folder appears whole or not at all. Raises `InputError` if it exists already.
     """
-    out_folder = Path(out_folder)
-    if out_folder.exists():
-        raise InputError(f"{out_folder}: exists already; remove it or choose another output folder")
     codec = TinyCodec.from_files(source_folder)
-    ensure_folder(out_folder.parent)
-    with tempfile.TemporaryDirectory(prefix=f".{out_folder.name}.", dir=out_folder.parent) as temporary:
-        codec.save_pretrained(Path(temporary) / "codec")
-        os.rename(Path(temporary) / "codec", out_folder)
+    with atomic_folder(out_folder) as folder:
+        codec.save_pretrained(folder)
     return codec
 
 # %% ../nbs/21_codecs.ipynb #e20dc0bb

@@ -24,9 +24,9 @@ class DeCoDiffConfig(TrainingConfig):
 
     codec: str = Field("sd-vae-ft-ema", description="wavelet, taef2, taesd, sd-vae-ft-ema, sd-vae-ft-mse or a folder")
     wavelet: str = Field("haar", description="wavelet family, for codec wavelet")
-    wavelet_levels: int = Field(3, ge=1, le=3, description="levels of the wavelet packet, for codec wavelet")
+    wavelet_levels: int = Field(2, ge=1, le=3, description="levels of the wavelet packet, for codec wavelet")
     latent_scale: Literal["given", "measured"] = Field("given", description="measured: unit variance per channel on the normals")
-    image_size: int = Field(256, ge=16, description="side of the square images that the codec sees")
+    image_size: int | None = Field(256, ge=16, description="side of the square images the codec sees; null: 16 x 16 latent cells")
     protocol: Literal["official", "full_frame"] | None = Field(None, description="null: official for benchmarks, full_frame for own folders")
     unet: Literal[tuple(UNET_SIZES)] = "L"
     dropout: float = Field(0.4, ge=0, lt=1)
@@ -39,14 +39,15 @@ class DeCoDiffConfig(TrainingConfig):
     combination: Literal["geometric", "arithmetic"] = "geometric"
     pixel_cap: float = Field(0.4, gt=0)
     latent_cap: float = Field(0.2, gt=0)
-    pixel_sigma: float = Field(3.0, ge=0, description="pixels of the decoded image")
+    pixel_sigma: float = Field(3.0, ge=0, description="pixels of a 256-pixel image; smaller images are smoothed less")
     latent_sigma: float = Field(1.0, ge=0, description="latent cells")
 
-# %% ../nbs/30_deco_diff.ipynb #c10305c3
+# %% ../nbs/30_deco_diff.ipynb #6d324838
 DECO_DIFF_PRESETS = {
-    "cpu": dict(codec="wavelet", latent_scale="measured", image_size=128, unet="nano", dropout=0.0, unit="steps", length=400,
-                warmup=20, horizon=None, learning_rate=5e-4, batch_size=16, gradient_accumulation_steps=1, gradient_clip=1.0,
-                validate_every=50, checkpoint_every=100),
+    "cpu": dict(codec="wavelet", wavelet_levels=2, latent_scale="measured", image_size=None, unet="nano", dropout=0.0,
+                patch_size_per="image", combination="arithmetic", unit="steps", length=500, warmup=20, horizon=None,
+                learning_rate=1e-3, batch_size=16, gradient_accumulation_steps=1, gradient_clip=1.0, validate_every=50,
+                checkpoint_every=100),
     "gpu": dict(codec="taef2", latent_scale="measured", image_size=256, unet="S", dropout=0.1, unit="steps", length=4000, warmup=100,
                 horizon=None, learning_rate=2e-4, batch_size=32, gradient_accumulation_steps=1, gradient_clip=1.0, ema_decay=0.999,
                 mixed_precision="bf16", validate_every=250, checkpoint_every=1000),
@@ -60,9 +61,10 @@ def build_deco_diff(config, categories, protocol="official"):
     Raises `InputError` if the codec's weights are not found or the image size does not fit the codec and the network.
     """
     codec = load_codec(config.codec, **({"wavelet": config.wavelet, "levels": config.wavelet_levels} if config.codec == "wavelet" else {}))
-    channels, side, _ = codec.latent_shape(config.image_size, config.image_size)
+    image_size = config.image_size or 16 * codec.downsample
+    channels, side, _ = codec.latent_shape(image_size, image_size)
     if side % 4:
-        raise InputError(f"override 'image_size': {config.image_size} gives a latent of {side} cells, which the U-Net cannot halve "
+        raise InputError(f"override 'image_size': {image_size} gives a latent of {side} cells, which the U-Net cannot halve "
                          f"twice; use a multiple of {4 * codec.downsample}")
     sizes, probabilities = official_patches(side)
     if config.patch_sizes is not None:
@@ -77,5 +79,6 @@ def build_deco_diff(config, categories, protocol="official"):
         correction=DeviationCorrection(num_inference_steps=config.num_inference_steps),
         discrepancy=DeviationDiscrepancy(
             levels=tuple(config.discrepancy_levels), combination=config.combination, pixel_cap=config.pixel_cap,
-            latent_cap=config.latent_cap, pixel_sigma=config.pixel_sigma, latent_sigma=config.latent_sigma),
-        categories=categories, image_size=config.image_size, protocol=protocol)
+            latent_cap=config.latent_cap, pixel_sigma=config.pixel_sigma * image_size / 256,
+            latent_sigma=config.latent_sigma),
+        categories=categories, image_size=image_size, protocol=protocol)

@@ -251,12 +251,12 @@ def _thin(fpr, pro, fpr_limit, number=500):
               np.searchsorted(pro, np.linspace(0, pro[-1], number))]
     return np.unique(np.clip(np.concatenate([[0], *wanted]), 0, len(fpr) - 1))
 
-# %% ../nbs/42_figures.ipynb #a1d7ab4a
-def score_histogram(scores, threshold=None):
+# %% ../nbs/42_figures.ipynb #3ee5cb5d
+def score_histogram(scores, thresholds=None):
     """The image scores of the normal images and of each defect type, one panel per category: dots over box plots.
 
-    scores: data frame with columns category, label (0 normal, 1 anomalous), defect and score; threshold: drawn as a
-    dashed line. Panels share the score axis. Raises `InputError` if a column is missing or there is no row.
+    scores: data frame with columns category, label (0 normal, 1 anomalous), defect and score; thresholds: category ->
+    score, drawn as a dashed line in its panel. Panels share the score axis. Raises `InputError` if a column is missing or there is no row.
     """
     _require(scores, "scores", ["category", "label", "defect", "score"])
     groups = {category: _by_defect(group) for category, group in scores.groupby("category")}
@@ -267,9 +267,9 @@ def score_histogram(scores, threshold=None):
         _dots_over_boxes(axis, kinds)
         axis.set(title=category, xlabel="anomaly score", ylim=(most - 0.4, -0.6))
         axis.tick_params(labelbottom=True)
-        if threshold is not None:
-            axis.axvline(threshold, color="0.3", linestyle="--")
-            axis.set_xlabel(f"anomaly score (dashed: threshold {threshold:.3g})")
+        if category in (thresholds or {}):
+            axis.axvline(thresholds[category], color="0.3", linestyle="--")
+            axis.set_xlabel(f"anomaly score (dashed: threshold {thresholds[category]:.3g})")
     for axis in axes.flat[len(groups):]:
         axis.set_visible(False)
     return figure

@@ -37,14 +37,15 @@ class ClassTokenUNet(ModelMixin, ConfigMixin):
     def __init__(self, in_channels: int = 4, num_classes: int = 15, base_channels: int = 256, num_heads: int = 8,
                  class_embedding_dim: int = 512, channel_multipliers: tuple = (1, 2, 4), dropout: float = 0.4):
         super().__init__()
-        levels = len(channel_multipliers)
+        levels, channels = len(channel_multipliers), tuple(base_channels * m for m in channel_multipliers)
+        head_width = base_channels // num_heads
         self.class_embedding = nn.Embedding(num_classes, class_embedding_dim)
         self.unet = UNet2DConditionModel(
             in_channels=in_channels, out_channels=in_channels, layers_per_block=2, dropout=dropout,
-            block_out_channels=tuple(base_channels * m for m in channel_multipliers),
+            block_out_channels=channels,
             down_block_types=("CrossAttnDownBlock2D",) * levels, up_block_types=("CrossAttnUpBlock2D",) * levels,
             cross_attention_dim=class_embedding_dim,
-            attention_head_dim=tuple(num_heads * m for m in channel_multipliers),  # diffusers' old name: number of heads
+            attention_head_dim=tuple(c // head_width for c in channels),  # diffusers' old name for the number of heads
         )
         nn.init.zeros_(self.unet.conv_out.weight)
         nn.init.zeros_(self.unet.conv_out.bias)

@@ -1,0 +1,29 @@
+# make demo: data, training, evaluation, figures and a page to look at, in minutes on a CPU.
+# make test: the package's tests, every notebook, and the export check.
+# Both build .venv from nothing; Python 3.11 or newer and make are all they assume.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test export clean
+
+demo: .venv/installed
+	$(BIN)/adiff demo --out runs/demo
+
+test: .venv/installed
+	$(BIN)/nbdev-export && git diff --exit-code --stat -- adiff
+	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n_workers 2
+	$(BIN)/python -m pytest
+
+export: .venv/installed
+	$(BIN)/nbdev-export
+
+.venv/installed: setup.py settings.ini pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "adiff needs Python 3.11 or newer; run: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv runs

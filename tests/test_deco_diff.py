@@ -1,0 +1,44 @@
+"""DeCo-Diff's checklist that needs a trained network: a defect is found, and the rest of the latent stays where it is."""
+import numpy as np
+import pytest
+import torch
+
+from adiff.data import Images, read_dataset
+from adiff.deco_diff import DECO_DIFF_PRESETS, DeCoDiffConfig, build_deco_diff
+from adiff.training import checked, train
+
+
+@pytest.fixture(scope="module")
+def trained(shared, tmp_path_factory):
+    "A detector after 60 updates on real bottles, in TAEF2 latents of 96-pixel images."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ADIFF_WEIGHTS", str(shared / "weights"))
+        config = checked(DeCoDiffConfig, {**DECO_DIFF_PRESETS["cpu"], "codec": "taef2", "image_size": 96, "length": 60,
+                                          "learning_rate": 1e-3, "augmentations": [], "validate_every": 60})
+        dataset = read_dataset(shared / "data" / "mvtec_ad", "bottle")
+        detector = build_deco_diff(config, dataset.categories)
+        images = Images(dataset, dataset.select("train").iloc[:32], detector.frame)
+        with torch.no_grad():
+            detector.codec.fit_scale([detector.resize(torch.stack(list(images)))])
+        return detector, dataset, train(detector, dataset, config, device="cpu")
+
+
+def test_loss_falls_below_the_trivial_predictor(trained):
+    _, _, log = trained
+    trivial = 0.46  # what a network that answers 0 pays on unit-variance latents
+    assert np.mean([line["loss"] for line in log[-10:]]) < 0.95 * trivial
+    assert log[-1]["validation_loss"] < trivial
+
+
+def test_a_pasted_defect_stands_out_and_the_rest_hardly_moves(trained):
+    detector, dataset, _ = trained
+    frame = Images(dataset, dataset.select("validation").iloc[:1], detector.frame)[0][None]
+    defective = frame.clone()
+    defective[..., 40:90, 40:90] = -frame[..., 40:90, 40:90]
+    labels = detector.class_labels("bottle", 1)
+    maps, _ = detector.detect_frames(defective, labels)
+    row, column = np.unravel_index(int(maps["anomaly"][0].argmax()), maps["anomaly"].shape[1:])
+    assert 30 <= row < 100 and 30 <= column < 100
+    inside, outside = torch.zeros(256, 256, dtype=bool), torch.ones(256, 256, dtype=bool)
+    inside[48:82, 48:82], outside[16:114, 16:114] = True, False
+    assert maps["latent"][0][inside].mean() > 2 * maps["latent"][0][outside].mean()

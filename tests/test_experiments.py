@@ -1,0 +1,52 @@
+"""The experiment notebook from end to end, as papermill runs it."""
+import json
+
+import papermill
+import pytest
+
+from adiff.demo_data import make_demo_data
+from adiff.experiment import evaluate, fit
+
+OVERRIDES = {"image_size": 32, "wavelet_levels": 2, "length": 6, "batch_size": 4, "augmentations": []}
+
+
+def execute(repository, folder, **parameters):
+    output = folder / "out.ipynb"
+    papermill.execute_notebook(repository / "nbs/experiments/deco_image.ipynb", output, parameters=parameters, progress_bar=False)
+    return json.loads(output.read_text())
+
+
+def test_parameters_are_the_documented_ones(repository):
+    known = papermill.inspect_notebook(repository / "nbs/experiments/deco_image.ipynb")
+    assert set(known) == {"data_root", "categories", "preset", "out_dir", "seed", "device", "overrides", "resume"}
+    assert all(one["help"] for one in known.values())
+
+
+def test_notebook_end_to_end(repository, tmp_path):
+    data = make_demo_data(tmp_path / "demo", categories=("brick", "cup"), train=6, good=2, per_defect=1)
+    notebook = execute(repository, tmp_path, data_root=str(data), categories="brick,cup", out_dir=str(tmp_path / "run"), device="cpu",
+                       overrides=json.dumps(OVERRIDES))
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert set(metrics["categories"]) == {"brick", "cup"} and metrics["mean"]["n_test"] == 16
+    assert any("class label" in note for note in metrics["notes"])
+    assert "figures/cases_cup.png" in (tmp_path / "run/report.html").read_text()
+    pictures = [output for cell in notebook["cells"] for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
+    assert len(pictures) >= 6
+
+
+@pytest.mark.parametrize("parameters, words", [({"data_rot": "x"}, ["data_rot", "data_root"]),
+                                               ({"overrides": '{"codek": "taef2"}'}, ["codek", "codec"])])
+def test_misspelt_parameters_are_refused(repository, tmp_path, parameters, words):
+    data = make_demo_data(tmp_path / "demo", categories=("brick",), train=2, good=1, per_defect=1)
+    with pytest.raises(papermill.PapermillExecutionError) as error:
+        execute(repository, tmp_path, **{"data_root": str(data), "out_dir": str(tmp_path / "run"), **parameters})
+    assert all(word in str(error.value) for word in words)
+    assert not (tmp_path / "run/model").exists()
+
+
+def test_evaluation_refuses_changed_data(tmp_path):
+    data = make_demo_data(tmp_path / "demo", categories=("brick",), train=4, good=2, per_defect=1)
+    fit("deco", data, tmp_path / "run", device="cpu", overrides=OVERRIDES)
+    (data / "brick/test/good/001.png").unlink()
+    with pytest.raises(ValueError, match="changed"):
+        evaluate(tmp_path / "run", device="cpu")
