@@ -103,7 +103,7 @@ def demo(out_dir, seed, device):
     from adiff.demo_data import make_demo_data
 
     out_dir = Path(out_dir)
-    data = make_demo_data(out_dir / "data", seed=seed)
+    data = make_demo_data(out_dir / "demo", seed=seed)
     run = out_dir / "run"
     experiment.fit("deco", data, run, seed=seed, device=device, resume=True)
     metrics = experiment.evaluate(run, device=device)

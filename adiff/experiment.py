@@ -239,7 +239,7 @@ def draw_figures(folder, detector, dataset, log, scores, curves, examples):
         cases = [case for case in examples if case[0].category == category]
         out = detector([dataset.image(row) for row, *_ in cases], category=category)
         panel = figures.panel([
-            {"title": f"{why}\n{row.defect}, score {row.score:.2f}", "image": np.asarray(detector.frame.image(dataset.image(row))),
+            {"title": f"{why}\n{row.defect}\nscore {row.score:.2f}", "image": np.asarray(detector.frame.image(dataset.image(row))),
              "reconstruction": None if out.reconstructions is None else out.reconstructions[i],
              "discrepancies": {name: one[i] for name, one in out.discrepancies.items()}, "map": anomaly_map, "mask": mask}
             for i, (row, anomaly_map, mask, why) in enumerate(cases)])

@@ -32,7 +32,7 @@ def use_style():
                       "axes.grid": True, "grid.alpha": 0.4, "image.interpolation": "nearest"})
 
 
-def save_figure(figure, path, dpi=150):
+def save_figure(figure, path, dpi=110):
     "Writes `figure` as a PNG to `path`, whole or not at all, and closes it."
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=dpi, bbox_inches="tight")
@@ -137,6 +137,7 @@ def _show_column(axes, kind, images, bar=None, limit=None):
     if is_map:
         bar.set_visible(True)
         bar.figure.colorbar(picture, cax=bar, orientation="horizontal", label=kind, ticks=MaxNLocator(3))
+        bar.get_xticklabels()[0].set_horizontalalignment("left")  # centred, it would push the columns apart
 
 # %% ../nbs/42_figures.ipynb #1d4aaabd
 def film_strip(images, titles, changes=None):

@@ -81,12 +81,11 @@ class AnomalyDetector(DiffusionPipeline):
         """
         folder = Path(folder) if Path(folder).is_dir() else Path(cls._from_hub(folder, **options))
         index = read_json(folder / "model_index.json")
-        for name, part in index.items():
-            if isinstance(part, list) and len(part) == 2 and not name.startswith("_") and name not in ("categories",):
-                library = str(part[0])
-                if library.split(".")[0] not in ("adiff", "diffusers") and library not in sys.modules:
-                    raise InputError(f"{folder / 'model_index.json'}: part {name!r} comes from the module {library!r}, which "
-                                     "is not imported; import it first if you trust it")
+        for name in cls._get_signature_keys(cls)[0] & index.keys():
+            library = str(index[name][0])
+            if library.split(".")[0] not in ("adiff", "diffusers") and library not in sys.modules:
+                raise InputError(f"{folder / 'model_index.json'}: part {name!r} comes from the module {library!r}, which "
+                                 "is not imported; import it first if you trust it")
         try:
             return super().from_pretrained(folder, use_safetensors=True, **options)
         except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:

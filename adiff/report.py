@@ -54,8 +54,8 @@ pre { background: #f4f4f4; padding: .8rem; overflow-x: auto; font-size: .85rem; 
 <h1>{{ title }}</h1><p>{{ summary }}</p>
 <h2>Metrics (percent)</h2>{{ table }}
 <ul class="notes">{% for note in notes %}<li>{{ note }}</li>{% endfor %}</ul>
-<h2>Figures</h2>{% for name, caption in figures %}
-<figure><img src="figures/{{ name|urlencode }}" alt="{{ name }}"><figcaption>{{ caption }}</figcaption></figure>{% endfor %}
+<h2>Figures</h2>{% for name, category, caption in figures %}
+<figure><img src="figures/{{ name|urlencode }}.png" alt="{{ name }}"><figcaption>{% if category %}<b>{{ category }}.</b> {% endif %}{{ caption }}</figcaption></figure>{% endfor %}
 <h2>Configuration</h2><pre>{{ config }}</pre></body></html>
 """)
 
@@ -66,19 +66,14 @@ def write_report(run):
     if not (run / "metrics.json").exists():
         raise InputError(f"{run}: no metrics.json; evaluate the run first")
     metrics, config = read_json(run / "metrics.json"), (run / "config.json").read_text(encoding="utf-8")
-    order = {name: position for position, name in enumerate(_captions)}
-    names = sorted((path.name for path in (run / "figures").glob("*.png")), key=lambda name: (order.get(_kind(name), 99), name))
+    names = sorted(path.stem for path in (run / "figures").glob("*.png"))
+    drawn = [(name, kind, caption) for kind, caption in _captions.items() for name in names if name.split("_")[0] == kind]
     page = _page.render(
         title=f"{metrics['method']} on {metrics['dataset']}",
         summary=f"preset {metrics['preset']}, seed {metrics['seed']}; trained in {metrics['train_seconds']:.0f} s; "
                 f"{1000 * metrics['seconds_per_image']:.0f} ms per image; {metrics['parameters'] / 1e6:.1f} million parameters",
         table=jinja2.utils.markupsafe.Markup(metrics_table(metrics).to_html(border=0, escape=True)), notes=metrics["notes"],
-        figures=[(name, _captions.get(_kind(name), "")) for name in names], config=config)
+        figures=[(name, name.removeprefix(kind).lstrip("_"), caption) for name, kind, caption in drawn], config=config)
     with atomic_path(run / "report.html") as path:
         path.write_text(page, encoding="utf-8")
     return run / "report.html"
-
-
-def _kind(name):
-    "cases_bottle.png -> cases"
-    return name.removesuffix(".png").split("_")[0]
