@@ -12,7 +12,7 @@ demo: .venv/installed
 
 test: .venv/installed
 	$(BIN)/nbdev-export && git diff --exit-code --stat -- adiff
-	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n_workers 2
+	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2
 	$(BIN)/python -m pytest
 
 export: .venv/installed
