@@ -52,6 +52,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'adiff.core._umask': ('core.html#_umask', 'adiff/core.py'),
                             'adiff.core.atomic_folder': ('core.html#atomic_folder', 'adiff/core.py'),
                             'adiff.core.atomic_path': ('core.html#atomic_path', 'adiff/core.py'),
+                            'adiff.core.close_progress': ('core.html#close_progress', 'adiff/core.py'),
                             'adiff.core.derive_seed': ('core.html#derive_seed', 'adiff/core.py'),
                             'adiff.core.ensure_folder': ('core.html#ensure_folder', 'adiff/core.py'),
                             'adiff.core.progress': ('core.html#progress', 'adiff/core.py'),

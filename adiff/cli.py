@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['Commands', 'main', 'fit', 'evaluate', 'detect', 'demo', 'convert_official']
 
-# %% ../nbs/55_cli.ipynb #2a2703bf
+# %% ../nbs/55_cli.ipynb #eaa9ccf0
 import sys
 from pathlib import Path
 
 import click
 
-from .core import InputError
+from .core import InputError, close_progress
 
 # %% ../nbs/55_cli.ipynb #486bbb60
 class Commands(click.Group):
@@ -21,9 +21,11 @@ class Commands(click.Group):
         try:
             return super().invoke(context)
         except InputError as error:
+            close_progress()
             click.echo(f"adiff: {error}", err=True)
             context.exit(2)
         except KeyboardInterrupt:
+            close_progress()
             click.echo("adiff: stopped; a run can go on with the same command and --resume", err=True)
             context.exit(130)
 

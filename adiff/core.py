@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['InputError', 'unknown_name', 'atomic_path', 'atomic_folder', 'ensure_folder', 'write_json', 'read_json',
-           'derive_seed', 'set_seed', 'resolve_device', 'versions', 'progress']
+           'derive_seed', 'set_seed', 'resolve_device', 'versions', 'progress', 'close_progress']
 
 # %% ../nbs/00_core.ipynb #65dce9ba
 import contextlib
@@ -144,3 +144,9 @@ def versions():
 def progress(iterable=None, **options):
     "A tqdm bar with time left; one refresh every half second, so that it also reads well in logs and notebooks."
     return tqdm(iterable, mininterval=0.5, dynamic_ncols=True, **options)
+
+
+def close_progress():
+    "Closes bars that an error left open, so that its message stands on a line of its own."
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()

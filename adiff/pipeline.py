@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['AnomalyOutput', 'calibrate_scores', 'AnomalyDetector']
 
-# %% ../nbs/50_pipeline.ipynb #0ec08d8f
+# %% ../nbs/50_pipeline.ipynb #91570f54
 import math
 import sys
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,10 @@ def calibrate_scores(scores, false_positive_rate=0.05):
     return {"threshold": float(scores[rank - 1]), "mean": float(scores.mean()),
             "std": float(max(scores.std(), 1e-6)), "n": len(scores), "false_positive_rate": false_positive_rate}
 
-# %% ../nbs/50_pipeline.ipynb #f1e0c56c
+# %% ../nbs/50_pipeline.ipynb #8be58226
+_part_modules = ("adiff.codecs", "adiff.deviation", "adiff.discrepancy", "adiff.unet")  # diffusers loads imported modules only
+
+
 class AnomalyDetector(DiffusionPipeline):
     """An anomaly detector: codec, forward process, network, correction and discrepancy.
 
@@ -83,7 +87,9 @@ class AnomalyDetector(DiffusionPipeline):
         index = read_json(folder / "model_index.json")
         for name in cls._get_signature_keys(cls)[0] & index.keys():
             library = str(index[name][0])
-            if library.split(".")[0] not in ("adiff", "diffusers") and library not in sys.modules:
+            if library in _part_modules:
+                import_module(library)
+            elif library != "diffusers" and library not in sys.modules:
                 raise InputError(f"{folder / 'model_index.json'}: part {name!r} comes from the module {library!r}, which "
                                  "is not imported; import it first if you trust it")
         try:

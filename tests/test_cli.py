@@ -109,7 +109,7 @@ def test_a_killed_run_resumes_to_the_same_weights(data, run, tmp_path):
 def test_detect_on_a_folder_of_any_images(run, data, tmp_path):
     photos = tmp_path / "photos"
     photos.mkdir()
-    tile = Image.open(data / "brick/test/hole/000.png")
+    tile = Image.open(data / "brick/test/hole/000.png").convert("L")
     tile.save(photos / "grey.png")
     tile.convert("RGBA").resize((200, 90)).save(photos / "wide.png")
     Image.fromarray(np.asarray(tile).astype(np.uint16) * 257).save(photos / "deep.png")
