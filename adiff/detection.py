@@ -54,7 +54,8 @@ def detect_files(model, paths, out_dir, category=None, batch_size=16, device="au
                            anomalous=bool(calibrated["is_anomalous"][index]))
             placed = detector.frame.place(maps[index], image.size)
             with atomic_path(out_dir / row["overlay"]) as path:
-                Image.fromarray(overlay(np.asarray(image), placed, threshold)).save(path)
+                # what lies below half the threshold is plainly normal and stays uncoloured
+                Image.fromarray(overlay(np.asarray(image), placed, threshold, vmin=(threshold or 0) / 2)).save(path)
         pending.clear()
 
     for file in progress(files, desc="detecting", unit="image"):
