@@ -1,5 +1,5 @@
 # make demo: data, training, evaluation, figures and a page to look at, in minutes on a CPU.
-# make test: the package's tests, every notebook, and the export check.
+# make test: every notebook, and the tests that span them (one checks that notebooks and package agree).
 # Both build .venv from nothing; Python 3.11 or newer and make are all they assume.
 
 PYTHON ?= python3
@@ -11,7 +11,6 @@ demo: .venv/installed
 	$(BIN)/adiff demo --out runs/demo
 
 test: .venv/installed
-	$(BIN)/nbdev-export && git diff --exit-code --stat -- adiff
 	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2
 	$(BIN)/python -m pytest
 

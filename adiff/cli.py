@@ -39,11 +39,10 @@ def main():
 _device = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:0 or mps")
 _seed = click.option("--seed", default=0, show_default=True, help="seed of weights, data order, corruptions")
 
-# %% ../nbs/55_cli.ipynb #a7c05609
+# %% ../nbs/55_cli.ipynb #85d6bd5a
 @main.command(epilog="Example:  adiff fit deco photos/normal --out runs/mine --preset cpu")
 @click.argument("method")
-@click.option("--data", "data_root", type=click.Path(), help="dataset, or a folder of normal images; may also be given after METHOD")
-@click.argument("data", required=False, type=click.Path())
+@click.argument("data", type=click.Path())
 @click.option("--out", "out_dir", required=True, type=click.Path(), help="run folder to write")
 @click.option("--preset", default="cpu", show_default=True, help="cpu, gpu or paper")
 @click.option("--categories", default="all", show_default=True, help="names separated by commas")
@@ -52,14 +51,11 @@ _seed = click.option("--seed", default=0, show_default=True, help="seed of weigh
 @click.option("--resume", is_flag=True, help="go on with an interrupted run")
 @_seed
 @_device
-def fit(method, data_root, data, out_dir, preset, categories, overrides, split_table, resume, seed, device):
-    "Train METHOD (deco) on the normal images in DATA and write a run folder."
-    data_root = data or data_root
-    if not data_root:
-        raise InputError("fit: say what to train on, as in: adiff fit deco photos/normal --out runs/mine")
+def fit(method, data, out_dir, preset, categories, overrides, split_table, resume, seed, device):
+    "Train METHOD (deco) on the normal images in DATA (a dataset, or any folder of images) and write a run folder."
     from adiff import experiment
 
-    experiment.fit(method, data_root, out_dir, preset=preset, categories=categories, seed=seed, device=device,
+    experiment.fit(method, data, out_dir, preset=preset, categories=categories, seed=seed, device=device,
                    overrides=experiment.parse_overrides(overrides), resume=resume, split_table=split_table)
     click.echo(f"model: {Path(out_dir) / 'model'}   next: adiff evaluate {out_dir}   or: adiff detect {out_dir}/model IMAGES")
 
