@@ -10,11 +10,11 @@ from adiff.training import checked, train
 
 @pytest.fixture(scope="module")
 def trained(shared, tmp_path_factory):
-    "A detector after 60 updates on real bottles, in TAEF2 latents of 96-pixel images."
+    "A detector after 120 updates on real bottles, in TAEF2 latents of 96-pixel images."
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ADIFF_WEIGHTS", str(shared / "weights"))
-        config = checked(DeCoDiffConfig, {**DECO_DIFF_PRESETS["cpu"], "codec": "taef2", "image_size": 96, "length": 60,
-                                          "learning_rate": 1e-3, "augmentations": [], "validate_every": 60})
+        config = checked(DeCoDiffConfig, {**DECO_DIFF_PRESETS["cpu"], "codec": "taef2", "image_size": 96, "length": 120,
+                                          "learning_rate": 1e-3, "augmentations": [], "validate_every": 120})
         dataset = read_dataset(shared / "data" / "mvtec_ad", "bottle")
         detector = build_deco_diff(config, dataset.categories)
         images = Images(dataset, dataset.select("train").iloc[:32], detector.frame)
@@ -26,8 +26,8 @@ def trained(shared, tmp_path_factory):
 def test_loss_falls_below_the_trivial_predictor(trained):
     _, _, log = trained
     trivial = 0.46  # what a network that answers 0 pays on unit-variance latents
-    assert np.mean([line["loss"] for line in log[-10:]]) < 0.95 * trivial
-    assert log[-1]["validation_loss"] < trivial
+    assert np.mean([line["loss"] for line in log[-20:]]) < 0.9 * trivial
+    assert log[-1]["validation_loss"] < 0.9 * trivial
 
 
 def test_a_pasted_defect_stands_out_and_the_rest_hardly_moves(trained):
@@ -39,6 +39,11 @@ def test_a_pasted_defect_stands_out_and_the_rest_hardly_moves(trained):
     maps, _ = detector.detect_frames(defective, labels)
     row, column = np.unravel_index(int(maps["anomaly"][0].argmax()), maps["anomaly"].shape[1:])
     assert 30 <= row < 100 and 30 <= column < 100
-    inside, outside = torch.zeros(256, 256, dtype=bool), torch.ones(256, 256, dtype=bool)
-    inside[48:82, 48:82], outside[16:114, 16:114] = True, False
-    assert maps["latent"][0][inside].mean() > 2 * maps["latent"][0][outside].mean()
+
+    with torch.no_grad():
+        z = detector.codec.encode(detector.resize(defective))
+        corrected = detector.correction.correct(z, lambda z, t: detector.network(z, t, labels).sample)
+    moved = (corrected - z).abs().mean(1)[0]  # 12 x 12 cells; the defect covers cells 2 to 4
+    inside, outside = torch.zeros(12, 12, dtype=bool), torch.ones(12, 12, dtype=bool)
+    inside[2:4, 2:4], outside[1:6, 1:6] = True, False
+    assert moved[inside].mean() > 2.5 * moved[outside].mean(), (moved[inside].mean(), moved[outside].mean())
