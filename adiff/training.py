@@ -254,7 +254,7 @@ def train(detector, dataset, config, out_dir=None, resume=False, device=None):
     bar.close()
     if ema:
         ema.copy_to(parameters)
-    detector.network = accelerator.unwrap_model(network).eval()
+    detector.network = accelerator.unwrap_model(network, keep_fp32_wrapper=False).eval()  # detect in full precision again
     if validation:
         detector.calibrate(*normal_scores(detector, dataset, held_out))
     return log

@@ -4,6 +4,7 @@ import json
 import papermill
 import pytest
 
+from adiff import AnomalyDetector
 from adiff.demo_data import make_demo_data
 from adiff.experiment import evaluate, fit
 
@@ -50,3 +51,13 @@ def test_evaluation_refuses_changed_data(tmp_path):
     (data / "brick/test/good/001.png").unlink()
     with pytest.raises(ValueError, match="changed"):
         evaluate(tmp_path / "run", device="cpu")
+
+
+def test_mixed_precision_ends_with_training(tmp_path):
+    "The detector that training returns answers like the one that is loaded from its folder: in full precision."
+    data = make_demo_data(tmp_path / "demo", categories=("cup",), train=8, good=2, per_defect=1)
+    detector = fit("deco", data, tmp_path / "run", device="cpu",
+                   overrides={**OVERRIDES, "mixed_precision": "bf16", "ema_decay": 0.9, "gradient_accumulation_steps": 2})
+    image = data / "cup/test/hole/000.png"
+    reloaded = AnomalyDetector.from_pretrained(tmp_path / "run/model")
+    assert abs(detector(image).maps - reloaded(image).maps).max() < 1e-5
