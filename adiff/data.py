@@ -235,6 +235,7 @@ class Dataset:
     name: str
     samples: pd.DataFrame
     notes: list[str] = field(default_factory=list)
+    kind: str = "image"
 
     @property
     def categories(self):

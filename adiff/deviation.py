@@ -71,12 +71,14 @@ class ForwardSample(BaseOutput):
     """What a forward process makes of clean latents: the network's input, its timestep and its target.
 
     noisy: (N, C, h, w) z_t. target: (N, C, h, w). timesteps: (N,) int64. mask: (N, 1, h, w), 1 = kept; None if unmasked.
+    weights: (N,), each image's factor in the loss; None if all count alike.
     """
 
     noisy: torch.Tensor
     target: torch.Tensor
     timesteps: torch.Tensor
     mask: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
 
 # %% ../nbs/22_deviation.ipynb #77747aa4
 class MaskedForwardProcess(SchedulerMixin, ConfigMixin):
