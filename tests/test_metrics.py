@@ -5,11 +5,13 @@ import numpy as np
 import pytest
 import torch
 from scipy.ndimage import gaussian_filter, label
+from scipy.stats import hmean
 from sklearn import metrics as reference
 
 from adiff import metrics
 from adiff.core import InputError
 
+IMAGE_NAMES = (*metrics.METRIC_NAMES[:3], "image_pauc")
 PIXEL_NAMES = metrics.METRIC_NAMES[3:]
 
 
@@ -74,8 +76,21 @@ def test_image_metrics_equal_scikit_learn(seed):
     scores = np.round(rng.random(22) + 0.3 * labels, 1)
     found = metrics.image_metrics(labels, scores)
     expected = [reference.roc_auc_score(labels, scores), reference.average_precision_score(labels, scores),
-                f1_max(labels, scores)]
-    assert [found[name] for name in metrics.METRIC_NAMES[:3]] == pytest.approx(expected, abs=1e-12)
+                f1_max(labels, scores), reference.roc_auc_score(labels, scores, max_fpr=0.1)]
+    assert [found[name] for name in IMAGE_NAMES] == pytest.approx(expected, abs=1e-12)
+
+
+def test_partial_auroc_by_its_formula():
+    "McClish's standardisation, from the area under the ROC curve integrated by hand."
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1], 200)
+    scores = np.round(rng.normal(labels), 1)
+    fpr, tpr, _ = reference.roc_curve(labels, scores, drop_intermediate=False)
+    area = 0.1 * metrics.area_up_to(fpr, tpr, 0.1)
+    expected = (1 + (area - 0.005) / (0.1 - 0.005)) / 2
+    assert metrics.image_metrics(labels, scores)["image_pauc"] == pytest.approx(expected, abs=1e-12)
+    for scores, value in ((labels, 1), (labels * 0, 0.5), (-labels, (1 - 0.005 / 0.095) / 2)):  # perfect, blind, reversed
+        assert metrics.image_metrics(labels, scores)["image_pauc"] == pytest.approx(value, abs=1e-12)
 
 
 def test_every_kind_of_input_gives_the_same_numbers():
@@ -109,8 +124,8 @@ def test_corner_contact_joins_a_region():
 def test_undefined_is_none_with_a_reason():
     for labels, kind in (([0, 0], "anomalous"), ([1, 1], "normal")):
         found = metrics.image_metrics(labels, [0.1, 0.2])
-        assert [found[name] for name in metrics.METRIC_NAMES[:3]] == [None] * 3
-        assert found["notes"] == [f"{name}: no {kind} image" for name in metrics.METRIC_NAMES[:3]]
+        assert [found[name] for name in IMAGE_NAMES] == [None] * 4
+        assert found["notes"] == [f"{name}: no {kind} image" for name in IMAGE_NAMES]
     for value, kind in ((0, "anomalous"), (1, "normal")):
         masks, maps = np.full((2, 4, 4), value), np.random.default_rng(0).random((2, 4, 4))
         found = metrics.pixel_metrics(masks, maps)
@@ -157,14 +172,29 @@ def test_bad_limit_is_refused(limit):
 
 
 def test_mean_leaves_out_and_names_undefined_categories():
-    full = dict.fromkeys(metrics.METRIC_NAMES, 0.5)
+    full = dict.fromkeys((*IMAGE_NAMES, *PIXEL_NAMES), 0.5)
     part = {**full, "aupro": None}
     found = metrics.mean_metrics({"a": full, "b": {**part, "image_ap": 1.0}, "c": part})
     assert found["image_ap"] == pytest.approx(2 / 3) and found["aupro"] == 0.5
     assert found["notes"] == ["aupro: mean over 1 of 3 categories, undefined in b, c"]
     assert metrics.mean_metrics({"a": {}})["aupro"] is None
-    with pytest.raises(InputError):
-        metrics.mean_metrics({})
+    for function in (metrics.mean_metrics, metrics.harmonic_mean_metrics):
+        with pytest.raises(InputError):
+            function({})
+
+
+def test_harmonic_mean_is_that_of_scipy_and_names_what_it_leaves_out():
+    values = [0.9, 0.6, 0.75]
+    per_category = {name: dict.fromkeys((*IMAGE_NAMES, *PIXEL_NAMES), value) for name, value in zip("abc", values)}
+    per_category["c"]["image_pauc"] = None
+    found = metrics.harmonic_mean_metrics(per_category)
+    assert found == {"image_auroc": pytest.approx(hmean(values)), "image_ap": pytest.approx(hmean(values)),
+                     "image_pauc": pytest.approx(hmean(values[:2])),
+                     "notes": ["image_pauc: harmonic mean over 2 of 3 categories, undefined in c"]}
+    assert found["image_auroc"] < metrics.mean_metrics(per_category)["image_auroc"]
+    per_category["a"]["image_ap"] = 0.0
+    assert metrics.harmonic_mean_metrics(per_category)["image_ap"] == 0
+    assert metrics.harmonic_mean_metrics({"a": {}})["image_auroc"] is None
 
 
 def test_official_approximation_matches_the_official_code(shared):
