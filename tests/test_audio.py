@@ -1,0 +1,240 @@
+"""Sounds: torchaudio beside a CPU-only torch, files good and bad, log-mel pictures, windows, real clips."""
+import importlib
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from adiff import audio
+from adiff.audio import LogMel, find_sounds, load_torchaudio, read_sound, sound_seconds
+from adiff.core import InputError
+
+RATE = 16000
+SOUND = (0.1 * np.random.default_rng(0).standard_normal(RATE)).astype(np.float32)
+
+
+def write(path, samples=SOUND, rate=RATE, subtype=None):
+    soundfile.write(path, samples, rate, subtype=subtype)
+    return path
+
+
+def refused(source):
+    with pytest.raises(InputError) as error:
+        read_sound(source, RATE)
+    message = str(error.value)
+    assert message and "\n" not in message
+    return message
+
+
+# ---- torchaudio
+
+def test_torchaudio_is_imported_when_needed_only():
+    code = "import sys, adiff.audio; assert 'torchaudio' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_stub_takes_the_place_of_the_missing_cuda_extension_and_says_so_once():
+    code = """if True:
+        import logging, sys, adiff.audio
+        logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(name)s: %(message)s")
+        import torch
+        extension = torch.ops.load_library
+        def missing(path):
+            try:
+                raise OSError("libc10_cuda.so: cannot open shared object file: No such file or directory")
+            except OSError as error:
+                raise OSError(f"Could not load this library: {path}") from error
+        torch.ops.load_library = missing
+        adiff.audio.load_torchaudio().transforms.MelSpectrogram()
+        adiff.audio.load_torchaudio()"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout == ("adiff.audio: torch has no CUDA here: torchaudio is used without its compiled extension\n")
+
+
+@pytest.mark.parametrize("error", [OSError("libsndfile.so: cannot open shared object file"), ImportError("no torchaudio")])
+def test_no_other_import_error_is_hidden(monkeypatch, error):
+    def fails(name):
+        raise error
+    monkeypatch.setattr(importlib, "import_module", fails)
+    with pytest.raises(type(error), match=str(error)):
+        load_torchaudio()
+
+
+# ---- files
+
+@pytest.mark.parametrize("name, subtype", [("a.wav", "PCM_16"), ("a.wav", "PCM_24"), ("a.wav", "FLOAT"), ("a.flac", "PCM_16")])
+def test_lossless_formats(tmp_path, name, subtype):
+    waveform = read_sound(write(tmp_path / name, subtype=subtype), RATE)
+    assert waveform.dtype == torch.float32 and np.allclose(waveform, SOUND, atol=1e-4)
+
+
+def test_eight_channels_are_averaged(tmp_path):
+    channels = np.zeros((RATE, 8), np.float32)
+    channels[:, 3] = SOUND
+    waveform = read_sound(write(tmp_path / "8.wav", channels, subtype="FLOAT"), RATE)
+    assert torch.allclose(waveform, torch.from_numpy(SOUND) / 8, atol=1e-6)
+
+
+@pytest.mark.parametrize("rate", [8000, 11025, 22050, 44100, 96000])
+def test_other_sample_rates_keep_the_pitch(tmp_path, rate):
+    tone = 0.5 * np.sin(2 * np.pi * 1000 * np.arange(rate) / rate)
+    waveform = read_sound(write(tmp_path / "tone.wav", tone, rate), RATE)
+    assert len(waveform) == RATE and torch.fft.rfft(waveform).abs().argmax() == 1000
+    stored = torch.from_numpy(soundfile.read(tmp_path / "tone.wav", dtype="float32")[0])
+    assert torch.allclose(waveform, load_torchaudio().transforms.Resample(rate, RATE)(stored), atol=1e-6)
+
+
+def test_a_sample_rate_without_a_common_divisor():
+    tone = np.sin(2 * np.pi * 1000 * np.arange(44101) / 44101)
+    waveform = read_sound((tone, 44101), RATE)
+    assert abs(len(waveform) - RATE) <= 1 and torch.fft.rfft(waveform).abs().argmax() == 1000
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.ogg"])
+@pytest.mark.parametrize("rate", [16000, 44100])
+def test_parts_are_parts_of_the_whole(tmp_path, name, rate):
+    path = write(tmp_path / name, SOUND, rate)
+    whole = read_sound(path, RATE)
+    parts = [read_sound(path, RATE, start, 0.1) for start in np.arange(0, len(whole) / RATE, 0.1)]
+    assert torch.allclose(torch.cat(parts), whole, atol=1e-6)
+
+
+def test_arrays_mean_what_their_type_says():
+    for values in (SOUND, SOUND.astype(np.float64), np.int16(SOUND * 32768), np.int32(SOUND * 2.0**31),
+                   np.uint8(SOUND * 128 + 128)):
+        assert np.allclose(read_sound((values, RATE), RATE), SOUND, atol=0.01)
+    for values in (SOUND.astype(np.int64), SOUND * 30000, SOUND > 0, SOUND[None], np.zeros(0), np.array([0, np.inf])):
+        assert refused((values, RATE)).startswith("sound array: ")
+    refused((SOUND, 16000.5)), refused(SOUND), refused(None)
+
+
+def test_silent_and_clipped_sounds_are_sounds(tmp_path):
+    frame = LogMel(seconds=1.024, size=64)
+    clipped = np.clip(SOUND * 100, -1, 1)
+    for samples in (np.zeros(RATE), clipped):
+        tensor = frame.tensor(frame.read(write(tmp_path / "a.wav", samples)))
+        assert tensor.isfinite().all() and tensor.min() >= -1 and tensor.max() < 1.5
+    assert (frame.decibels(torch.zeros(RATE)) == -80).all()
+
+
+def test_what_cannot_be_read_is_refused_in_one_line(tmp_path):
+    assert "no such file" in refused(tmp_path / "missing.wav")
+    (tmp_path / "empty.wav").touch()
+    assert "empty.wav: the file is empty" in refused(tmp_path / "empty.wav")
+    (tmp_path / "text.wav").write_text("label,score\n")
+    assert "text.wav: not a sound" in refused(tmp_path / "text.wav")
+    assert "no sound" in refused(write(tmp_path / "short.wav", np.zeros(0)))
+    assert "no sound" in refused(write(tmp_path / "short.ogg", np.zeros(0)))
+    assert "NaN" in refused(write(tmp_path / "nan.wav", np.where(SOUND > 0.3, np.nan, SOUND), subtype="FLOAT"))
+    assert "scale" in refused(write(tmp_path / "loud.wav", SOUND * 32768, subtype="FLOAT"))
+    (tmp_path / "folder.wav").mkdir()
+    refused(tmp_path / "folder.wav")
+    with pytest.raises(InputError, match="missing.wav: no such file"):
+        sound_seconds(tmp_path / "missing.wav")
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.ogg"])
+def test_truncated_files_are_refused_wherever_they_end(tmp_path, name):
+    content = write(tmp_path / name).read_bytes()
+    assert len(read_sound(tmp_path / name, RATE)) == RATE
+    for length in (4, 30, 44, 60, len(content) // 2, len(content) - 1):
+        (tmp_path / name).write_bytes(content[:length])
+        assert refused(tmp_path / name).startswith(str(tmp_path / name))
+
+
+def test_a_wav_of_unknown_length_is_read(tmp_path):
+    content = bytearray(write(tmp_path / "stream.wav", subtype="PCM_16").read_bytes())
+    at = content.index(b"data") + 4
+    content[4:8] = content[at:at + 4] = b"\xff" * 4
+    (tmp_path / "stream.wav").write_bytes(content)
+    assert len(read_sound(tmp_path / "stream.wav", RATE)) == RATE
+
+
+def test_start_outside_the_sound_is_refused():
+    for start in (-0.1, 1.0):
+        with pytest.raises(InputError, match="outside the sound of 1 s"):
+            read_sound((SOUND, RATE), RATE, start)
+
+
+def test_find_sounds(tmp_path):
+    for name in ("b.wav", "a.FLAC", "sub/c.ogg", ".hidden.wav", "d.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert [path.relative_to(tmp_path).as_posix() for path in find_sounds(tmp_path)] == ["a.FLAC", "b.wav", "sub/c.ogg"]
+    for folder in (tmp_path / "nowhere", tmp_path / "d.txt"):
+        with pytest.raises(InputError):
+            find_sounds(folder)
+
+
+# ---- pictures
+
+@pytest.mark.parametrize("size, seconds, n_fft", [(128, 4.0, 2048), (64, 4.0, 2048), (256, 4.096, 2048), (128, 1.0, 1024)])
+def test_equal_to_torchaudio(size, seconds, n_fft):
+    frame = LogMel(seconds=seconds, size=size, n_fft=n_fft)
+    waveform = torch.from_numpy(np.resize(SOUND, frame.hop * size))
+    transforms = load_torchaudio().transforms
+    left = (n_fft - frame.hop) // 2
+    padded = torch.nn.functional.pad(waveform[None], (left, n_fft - frame.hop - left), mode="reflect")
+    power = transforms.MelSpectrogram(RATE, n_fft, hop_length=frame.hop, n_mels=size, center=False, mel_scale="slaney")
+    level = transforms.AmplitudeToDB("power")(power(padded) / (n_fft / 4)**2).clamp_min(-80)
+    assert torch.allclose(frame.tensor(waveform), 1 + level.flip(1) / 40, atol=1e-6, rtol=0)
+
+
+def test_shapes_padding_and_cutting():
+    frame = LogMel()
+    short = torch.from_numpy(SOUND)
+    picture = frame.tensor(short)
+    assert picture.shape == (1, 128, 128) and picture.dtype == torch.float32
+    assert torch.equal(picture, frame.tensor(torch.cat([short, torch.zeros(3 * RATE)])))
+    assert (picture[:, :, 37:] == -1).all()  # 1 s and half a Fourier window: 34.1 columns
+    long = torch.from_numpy(np.resize(SOUND, 5 * RATE))
+    assert torch.equal(frame.tensor(long), frame.tensor(long[:4 * RATE]))
+    batch = torch.stack([long, long.flip(0)])
+    assert torch.allclose(frame.tensor(batch)[1], frame.tensor(batch[1]), atol=1e-6) and frame.tensor(batch).shape[0] == 2
+    assert frame.picture(picture).shape == (128, 128, 3) and frame.picture(picture).dtype == np.uint8
+
+
+def test_windows_cover_everything():
+    frame = LogMel()
+    for duration in (0.1, 4.0, 4.00001, 4.1, 5.9, 6.0, 6.1, 8.0, 61.7):
+        starts = frame.windows(duration)
+        assert starts[0] == 0 and starts[-1] + 4 >= duration - 1 / RATE and len(set(starts)) == len(starts)
+        assert max(np.diff(starts), default=0) <= 2 + 1e-9 and (len(starts) == 1 or starts[-1] + 4 <= duration + 1e-9)
+
+
+def test_statistics_standardise_and_survive_json(tmp_path):
+    frame = LogMel(seconds=1.024, size=64)
+    path = write(tmp_path / "a.wav", subtype="FLOAT")
+    fitted = frame.fitted([path, (SOUND, RATE), torch.from_numpy(SOUND)])
+    levels = frame.decibels(torch.from_numpy(SOUND))[:, :63]  # the last column holds nothing but silence
+    assert np.allclose(fitted.mean, levels.mean(1), atol=1e-3) and np.allclose(fitted.std, levels.std(1).clamp_min(1), rtol=0.02)
+    spread = fitted.tensor(torch.from_numpy(SOUND))[0, :, :63].std(1)[torch.tensor(fitted.std) > 1]
+    assert len(spread) > 30 and torch.allclose(spread, torch.tensor(1 / 3), rtol=0.02)
+    assert LogMel(**json.loads(json.dumps(fitted.config()))) == fitted
+    assert set(frame.fitted([torch.zeros(RATE)]).std) == {1.0}
+    with pytest.raises(InputError, match="no sound"):
+        frame.fitted([])
+
+
+def test_the_suggested_length_works():
+    with pytest.raises(InputError) as error:
+        LogMel(sample_rate=22050)
+    assert LogMel(sample_rate=22050, seconds=float(str(error.value).split()[-1])).hop == 689
+    for settings in (dict(floor_db=0.0), dict(mean=(0.0,) * 128), dict(mean=(0.0,), std=(1.0,)), dict(seconds=30.0)):
+        with pytest.raises(InputError):
+            LogMel(**settings)
+
+
+def test_real_clips(shared):
+    clips = find_sounds(shared / "data/urbansound8k/audio/fold1")[:12]
+    frame = LogMel()
+    fitted = frame.fitted(clips)
+    for path in clips:
+        waveform = frame.read(path)
+        assert abs(len(waveform) / RATE - sound_seconds(path)) < 1e-3 and not audio._truncated(path)
+        tensor = fitted.tensor(waveform)
+        assert tensor.shape == (1, 128, 128) and tensor.isfinite().all() and tensor.abs().max() < 5
