@@ -171,7 +171,7 @@ def read_urbansound8k(root, categories="all"):
         notes.append("one-vs-rest (our protocol): the category is the normal class, the nine others are anomalous"
                      + ("; train one detector per category" if len(chosen) > 1 else ""))
     if "rare_events" in chosen:
-        notes.append(f"rare_events (our protocol): {', '.join(RARE_EVENTS)} are anomalous, the other seven classes normal")
+        notes.append(f"rare_events (our protocol): {', '.join(RARE_EVENTS)} are anomalous, the other seven normal")
     notes += [note for category in chosen if category not in empty
               for note in _category_notes(category, problems[category])]
     samples = pd.concat(problems.values(), ignore_index=True)[["path", "category", "split", "label", "defect", "mask"]]
