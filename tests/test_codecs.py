@@ -95,9 +95,9 @@ def test_unusable_wavelets_are_refused(wavelet, levels, words):
         WaveletPacket2d(wavelet, levels)
 
 
-def test_odd_sizes_are_refused():
+def test_the_wavelet_codec_refuses_sizes_that_cannot_be_halved():
     with pytest.raises(InputError, match="30x48.*multiples of 4"):
-        WaveletPacket2d("haar", 2)(torch.zeros(1, 3, 30, 48))
+        WaveletCodec("haar", 2).encode(torch.zeros(1, 3, 30, 48))
 
 
 # the contract, for each codec
