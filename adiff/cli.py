@@ -49,15 +49,25 @@ _seed = click.option("--seed", default=0, show_default=True, help="seed of weigh
 @click.option("--overrides", default="{}", help="JSON object of config keys, as '{\"codec\": \"taef2\"}'")
 @click.option("--split-table", type=click.Path(), help="CSV that says which image is for what")
 @click.option("--resume", is_flag=True, help="go on with an interrupted run")
+@click.option("--each", is_flag=True, help="one detector per category, trained and evaluated in OUT/CATEGORY")
 @_seed
 @_device
-def fit(method, data, out_dir, preset, categories, overrides, split_table, resume, seed, device):
-    "Train METHOD (deco) on the normal images in DATA (a dataset, or any folder of images) and write a run folder."
-    from adiff import experiment
+def fit(method, data, out_dir, preset, categories, overrides, split_table, resume, each, seed, device):
+    """Train METHOD on the normal images or sounds in DATA (a dataset, or any folder of files) and write a run folder.
 
-    experiment.fit(method, data, out_dir, preset=preset, categories=categories, seed=seed, device=device,
-                   overrides=experiment.parse_overrides(overrides), resume=resume, split_table=split_table)
-    click.echo(f"model: {Path(out_dir) / 'model'}   next: adiff evaluate {out_dir}   or: adiff detect {out_dir}/model IMAGES")
+    METHOD is deco, adiff, or a baseline: autoencoder, ddpm, ddpm-simplex, padim, knn; for sounds also dense-autoencoder,
+    one-class-svm, isolation-forest.
+    """
+    from adiff import experiment, report
+
+    options = dict(preset=preset, categories=categories, seed=seed, device=device, overrides=experiment.parse_overrides(overrides),
+                   resume=resume, split_table=split_table)
+    if each:
+        metrics = experiment.run_each(method, data, out_dir, **options)
+        click.echo(report.metrics_text(metrics))
+        return
+    experiment.fit(method, data, out_dir, **options)
+    click.echo(f"model: {Path(out_dir) / 'model'}   next: adiff evaluate {out_dir}   or: adiff detect {out_dir}/model FILES")
 
 
 @main.command(epilog="Example:  adiff evaluate runs/bottle")
@@ -65,7 +75,7 @@ def fit(method, data, out_dir, preset, categories, overrides, split_table, resum
 @click.option("--save-maps", is_flag=True, help="also write every anomaly map as a 16-bit PNG")
 @_device
 def evaluate(run, save_maps, device):
-    "Measure the run folder RUN on its test images: metrics.json, scores.csv, figures."
+    "Measure the run folder RUN on its test files: metrics.json, scores.csv, figures."
     from adiff import experiment, report
 
     metrics = experiment.evaluate(run, device=device, save_maps=save_maps)
@@ -77,33 +87,35 @@ def evaluate(run, save_maps, device):
 @click.argument("model", type=click.Path())
 @click.argument("paths", nargs=-1, required=True, type=click.Path())
 @click.option("--out", "out_dir", default="detections", show_default=True, type=click.Path(), help="folder to write")
-@click.option("--category", help="which of the model's categories the images show")
+@click.option("--category", help="which of the model's categories the files show")
 @click.option("--batch-size", default=16, show_default=True)
 @_device
 def detect(model, paths, out_dir, category, batch_size, device):
-    "Find anomalies with MODEL in images or folders PATHS; write overlays and scores.csv."
+    "Find anomalies with MODEL in images, sounds or folders PATHS; write overlays and scores.csv."
     from adiff.detection import detect_files
 
     scores = detect_files(model, paths, out_dir, category=category, batch_size=batch_size, device=device)
     failed = int(scores["error"].ne("").sum())
-    click.echo(f"{len(scores) - failed} images, {int(scores['anomalous'].eq(True).sum())} anomalous: {Path(out_dir) / 'scores.csv'}")
+    click.echo(f"{len(scores) - failed} files, {int(scores['anomalous'].eq(True).sum())} anomalous: {Path(out_dir) / 'scores.csv'}")
     if failed:
         raise InputError(f"{failed} of {len(scores)} files could not be read; see the column 'error' of {Path(out_dir) / 'scores.csv'}")
 
-# %% ../nbs/55_cli.ipynb #f13679de
-@main.command(epilog="Example:  adiff demo --out runs/demo")
+# %% ../nbs/55_cli.ipynb #f9c758b4
+@main.command(epilog="Example:  adiff demo --audio --out runs/demo_audio")
+@click.option("--audio", is_flag=True, help="sounds of a machine instead of photographs, and ADiff instead of DeCo-Diff")
 @click.option("--out", "out_dir", default="runs/demo", show_default=True, type=click.Path(), help="folder to write")
 @_seed
 @_device
-def demo(out_dir, seed, device):
-    "Make data from real photographs, train a detector, evaluate it, draw: minutes on two CPU cores."
+def demo(audio, out_dir, seed, device):
+    "Make data (real photographs, or synthesised sounds), train a detector, evaluate it, draw: minutes on two CPU cores."
     from adiff import experiment, report
     from adiff.demo_data import make_demo_data
+    from adiff.demo_sounds import make_demo_sounds
 
     out_dir = Path(out_dir)
-    data = make_demo_data(out_dir / "demo", seed=seed)
-    run = out_dir / "run"
-    experiment.fit("deco", data, run, seed=seed, device=device, resume=True)
+    method, make, name = ("adiff", make_demo_sounds, "sounds") if audio else ("deco", make_demo_data, "demo")
+    data, run = make(out_dir / name, seed=seed), out_dir / ("run_sounds" if audio else "run")
+    experiment.fit(method, data, run, seed=seed, device=device, resume=True)
     metrics = experiment.evaluate(run, device=device)
     click.echo(report.metrics_text(metrics))
     click.echo(f"look at: {report.write_report(run).resolve()}")

@@ -5,29 +5,25 @@
 # %% auto #0
 __all__ = ['DECO_DIFF_PRESETS', 'DeCoDiffConfig', 'build_deco_diff']
 
-# %% ../nbs/30_deco_diff.ipynb #a448705a
+# %% ../nbs/30_deco_diff.ipynb #c8f80d90
 from typing import Literal
 
 from pydantic import Field
 
-from .codecs import load_codec
 from .core import InputError, derive_seed, set_seed
 from .deviation import DeviationCorrection, MaskedForwardProcess, official_patches
 from .discrepancy import DeviationDiscrepancy
 from .pipeline import AnomalyDetector
-from .training import TrainingConfig, checked
+from .training import DetectorConfig, checked, make_codec
 from .unet import UNET_SIZES, ClassTokenUNet
 
-# %% ../nbs/30_deco_diff.ipynb #4fda210e
-class DeCoDiffConfig(TrainingConfig):
+# %% ../nbs/30_deco_diff.ipynb #a33b575a
+class DeCoDiffConfig(DetectorConfig):
     "All keys of DeCo-Diff; the defaults are those of the official code."
 
     codec: str = Field("sd-vae-ft-ema", description="wavelet, taef2, taesd, sd-vae-ft-ema, sd-vae-ft-mse or a folder")
-    wavelet: str = Field("haar", description="wavelet family, for codec wavelet")
-    wavelet_levels: int = Field(2, ge=1, le=3, description="levels of the wavelet packet, for codec wavelet")
     latent_scale: Literal["given", "measured"] = Field("given", description="measured: unit variance per channel on the normals")
     image_size: int | None = Field(256, ge=16, description="side of the square images the codec sees; null: 16 x 16 latent cells")
-    protocol: Literal["official", "full_frame"] | None = Field(None, description="null: official for benchmarks, full_frame for own folders")
     unet: Literal[tuple(UNET_SIZES)] = "L"
     dropout: float = Field(0.4, ge=0, lt=1)
     patch_sizes: list[int] | None = Field(None, description="null: the official table for the latent's size")
@@ -35,12 +31,13 @@ class DeCoDiffConfig(TrainingConfig):
     max_mask_ratio: float = Field(0.7, gt=0, le=1)
     max_shuffle_ratio: float = Field(0.3, ge=0, le=1)
     num_inference_steps: Literal[10, 5, 4, 3, 2] = 5
-    discrepancy_levels: list[Literal["pixel", "latent"]] = ["pixel", "latent"]
+    discrepancy_levels: list[Literal["pixel", "latent", "feature"]] = ["pixel", "latent"]
     combination: Literal["geometric", "arithmetic"] = "geometric"
     pixel_cap: float = Field(0.4, gt=0)
     latent_cap: float = Field(0.2, gt=0)
     pixel_sigma: float = Field(3.0, ge=0, description="pixels of a 256-pixel image; smaller images are smoothed less")
     latent_sigma: float = Field(1.0, ge=0, description="latent cells")
+    feature_cap: float = Field(0.5, gt=0, description="cosine distance of frozen features, for the level feature")
 
 # %% ../nbs/30_deco_diff.ipynb #6d324838
 DECO_DIFF_PRESETS = {
@@ -54,14 +51,13 @@ DECO_DIFF_PRESETS = {
     "paper": {},
 }
 
-# %% ../nbs/30_deco_diff.ipynb #41f70ffd
-def build_deco_diff(config, categories, protocol="official"):
-    """An untrained `AnomalyDetector` with DeCo-Diff's parts, for a `DeCoDiffConfig` and the names of the categories.
+# %% ../nbs/30_deco_diff.ipynb #533830a5
+def build_deco_diff(config, categories, frame):
+    """An untrained `AnomalyDetector` with DeCo-Diff's parts, for a `DeCoDiffConfig`, the names of the categories and a frame.
 
     Raises `InputError` if the codec's weights are not found or the image size does not fit the codec and the network.
     """
-    codec = load_codec(config.codec, **({"wavelet": config.wavelet, "levels": config.wavelet_levels} if config.codec == "wavelet" else {}))
-    image_size = config.image_size or 16 * codec.downsample
+    codec, image_size = make_codec(config, frame)
     channels, side, _ = codec.latent_shape(image_size, image_size)
     if side % 4:
         raise InputError(f"override 'image_size': {image_size} gives a latent of {side} cells, which the U-Net cannot halve "
@@ -77,8 +73,8 @@ def build_deco_diff(config, categories, protocol="official"):
             max_shuffle_ratio=config.max_shuffle_ratio, patch_size_per=config.patch_size_per),
         network=ClassTokenUNet.of_size(config.unet, in_channels=channels, num_classes=len(categories), dropout=config.dropout),
         correction=DeviationCorrection(num_inference_steps=config.num_inference_steps),
-        discrepancy=DeviationDiscrepancy(
+        discrepancy=DeviationDiscrepancy.pretrained(
             levels=tuple(config.discrepancy_levels), combination=config.combination, pixel_cap=config.pixel_cap,
             latent_cap=config.latent_cap, pixel_sigma=config.pixel_sigma * image_size / 256,
-            latent_sigma=config.latent_sigma),
-        categories=categories, image_size=image_size, protocol=protocol)
+            latent_sigma=config.latent_sigma, feature_cap=config.feature_cap),
+        categories=categories, image_size=image_size, protocol=frame, top_share=config.top_share)

@@ -14,16 +14,24 @@ import pandas as pd
 from .core import InputError, atomic_path, read_json
 from .metrics import METRIC_NAMES
 
-# %% ../nbs/54_report.ipynb #ad76655c
-_titles = {"image_auroc": "image AUROC", "image_ap": "image AP", "image_f1_max": "image F1-max", "pixel_auroc": "pixel AUROC",
+# %% ../nbs/54_report.ipynb #f956dd64
+_titles = {"image_pauc": "image pAUC", "image_auroc": "image AUROC", "image_ap": "image AP", "image_f1_max": "image F1-max", "pixel_auroc": "pixel AUROC",
            "pixel_ap": "pixel AP", "pixel_f1_max": "pixel F1-max", "aupro": "AUPRO"}
 
 
 def metrics_table(metrics):
-    "A table of strings, one row per category and one for the mean, from the content of a metrics.json; values in percent."
-    rows = {**metrics["categories"], **({"mean": metrics["mean"]} if len(metrics["categories"]) > 1 else {})}
-    return pd.DataFrame({name: {_titles[key]: "not available" if row[key] is None else f"{100 * row[key]:.1f}" for key in METRIC_NAMES}
-                         | {"train": str(row["n_train"]), "test": str(row["n_test"])} for name, row in rows.items()}).T
+    """A table of strings, one row per category and their mean, from the content of a metrics.json; values in percent.
+
+    For sounds, image becomes clip, the partial AUROC replaces what needs masks, and a row for the harmonic mean is added.
+    """
+    sounds, several = metrics.get("kind") == "sound", len(metrics["categories"]) > 1
+    names = ("image_auroc", "image_ap", "image_f1_max", "image_pauc") if sounds else METRIC_NAMES
+    rows = {**metrics["categories"], **({"mean": metrics["mean"]} if several else {})}
+    if sounds and several:
+        rows["harmonic mean"] = {**dict.fromkeys(names), **metrics["harmonic_mean"], "n_train": "", "n_test": ""}
+    return pd.DataFrame({
+        name: {_titles[key].replace("image", "clip" if sounds else "image"): "not available" if row[key] is None else f"{100 * row[key]:.1f}"
+               for key in names} | {"train": str(row["n_train"]), "test": str(row["n_test"])} for name, row in rows.items()}).T
 
 
 def metrics_text(metrics):
@@ -31,16 +39,16 @@ def metrics_text(metrics):
     notes = "\n".join(f"  - {note}" for note in metrics["notes"])
     return (f"{metrics['method']} on {metrics['dataset']}, preset {metrics['preset']}, seed {metrics['seed']}, in percent\n"
             f"{metrics_table(metrics).to_string()}\n"
-            f"trained in {metrics['train_seconds']:.0f} s, {1000 * metrics['seconds_per_image']:.0f} ms per image, "
+            f"trained in {metrics['train_seconds']:.0f} s, {1000 * metrics['seconds_per_image']:.0f} ms per file, "
             f"{metrics['parameters'] / 1e6:.1f} million parameters\n{notes}")
 
 # %% ../nbs/54_report.ipynb #8d3b1884
 _captions = {"cases": "Best and worst cases, chosen by score. Input, what the detector would have seen as normal, the discrepancies, "
                       "the anomaly map and the true mask.",
              "correction": "The correction, step by step, and how far it has moved from the input.",
-             "loss": "Training loss, validation loss on held-out normal images, learning rate.",
-             "scores": "Image scores of normal images and of every defect type; dashed: threshold from held-out normal images.",
-             "roc": "ROC curves over images.", "pro": "Per-region overlap against false-positive rate over pixels."}
+             "loss": "Training loss, validation loss on held-out normal files, learning rate.",
+             "scores": "Scores of normal files and of every kind of anomaly; dashed: threshold from held-out normal files.",
+             "roc": "ROC curves over files.", "pro": "Per-region overlap against false-positive rate over pixels."}
 
 _page = jinja2.Environment(autoescape=True).from_string("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -71,7 +79,7 @@ def write_report(run):
     page = _page.render(
         title=f"{metrics['method']} on {metrics['dataset']}",
         summary=f"preset {metrics['preset']}, seed {metrics['seed']}; trained in {metrics['train_seconds']:.0f} s; "
-                f"{1000 * metrics['seconds_per_image']:.0f} ms per image; {metrics['parameters'] / 1e6:.1f} million parameters",
+                f"{1000 * metrics['seconds_per_image']:.0f} ms per file; {metrics['parameters'] / 1e6:.1f} million parameters",
         table=jinja2.utils.markupsafe.Markup(metrics_table(metrics).to_html(border=0, escape=True)), notes=metrics["notes"],
         figures=[(name, name.removeprefix(kind).lstrip("_"), caption) for name, kind, caption in drawn], config=config)
     with atomic_path(run / "report.html") as path:

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['SemanticDiscrepancy']
 
-# %% ../nbs/43_semantic.ipynb #4bf48727
+# %% ../nbs/43_semantic.ipynb #0654d9d9
 import torch
+import torch.nn.functional as F
 from diffusers import ModelMixin  # unused here, but pipelines look in a part's own module for the class that loads it
 from diffusers.configuration_utils import register_to_config
 
@@ -21,7 +22,8 @@ class SemanticDiscrepancy(Discrepancy):
 
     `extractor`: a name of `adiff.features.BACKBONES`, or "unet" for the detector's own network. `semantic_weight`: w, 0
     to 1; at 0 the semantic term is neither built nor computed. `scales`: pooling sizes of the reconstruction term.
-    `sigma`: smoothing of both terms, in pixels of a map of 256. `depths`, `input_size`: see `FrozenFeatures`.
+    `sigma`: smoothing of both terms, in pixels of a map of 256. `grid`: cells per side of the normalisation. `depths`,
+    `input_size`: see `FrozenFeatures`.
 
     "anomaly" is in standard deviations of held-out normal pixels once `fit_normalization` has seen them; before that
     mean 0 and std 1 are assumed. A backbone's weights are random until loaded from a saved folder: use `pretrained`.
@@ -29,8 +31,8 @@ class SemanticDiscrepancy(Discrepancy):
     """
 
     @register_to_config
-    def __init__(self, extractor="efficientnet-lite0", semantic_weight=0.5, scales=(1, 2, 4), sigma=4.0, depths=None,
-                 input_size=224):
+    def __init__(self, extractor="efficientnet-lite0", semantic_weight=0.5, scales=(1, 2, 4), sigma=4.0, grid=16,
+                 depths=None, input_size=224):
         super().__init__()
         if extractor != "unet" and extractor not in BACKBONES:
             raise unknown_name("extractor", extractor, ["unet", *BACKBONES])
@@ -38,8 +40,8 @@ class SemanticDiscrepancy(Discrepancy):
             raise InputError(f"semantic_weight: {semantic_weight} is not between 0 and 1")
         frozen = semantic_weight > 0 and extractor != "unet"
         self.features = FrozenFeatures(extractor, depths, input_size) if frozen else None
-        self.register_buffer("mean", torch.zeros(2))  # of the reconstruction term and of the semantic one
-        self.register_buffer("std", torch.ones(2))
+        self.register_buffer("mean", torch.zeros(2, grid, grid))  # of the reconstruction term and of the semantic one
+        self.register_buffer("std", torch.ones(2, grid, grid))
 
     @classmethod
     def pretrained(cls, **config):
@@ -74,22 +76,31 @@ class SemanticDiscrepancy(Discrepancy):
             pyramids = self._pyramids(z, corrected, reference, reconstruction, network)
             maps["semantic"] = cosine_discrepancy(*pyramids, size)
         maps = {name: gaussian_smooth(one, self.config.sigma * size / 256) for name, one in maps.items()}
-        normalized = [(one - mean) / std for one, mean, std in zip(maps.values(), self.mean, self.std)]
+        mean, std = (F.interpolate(one[None], size=(size, size), mode="bilinear")[0] for one in (self.mean, self.std))
+        normalized = [(one - m) / s for one, m, s in zip(maps.values(), mean, std)]
         anomaly = normalized[0] if weight == 0 else (1 - weight) * normalized[0] + weight * normalized[1]
         return {**maps, "anomaly": anomaly}
 
+    prior = 4  # normals that are supposed to have shown the average of the whole picture everywhere
+
     def fit_normalization(self, maps):
-        """Takes mean and standard deviation of each term over all pixels of held-out normals.
+        """Takes mean and standard deviation of each term over held-out normals, cell by cell.
 
         `maps`: an iterable of what `forward` answers, dicts name -> (n, size, size). An empty one changes nothing.
         """
         count, total, squares = 0, 0, 0
         for batch in maps:
-            pixels = torch.stack([torch.as_tensor(batch[name]).flatten().cpu().double()
-                                  for name in ("reconstruction", "semantic") if name in batch])
-            count, total, squares = count + pixels.shape[1], total + pixels.sum(1), squares + pixels.square().sum(1)
-        if count:
-            mean = total / count
-            self.mean[:len(mean)] = mean
-            # a network that has learned nothing yet may answer zero everywhere
-            self.std[:len(mean)] = (squares / count - mean.square()).clamp(min=1e-12).sqrt()
+            terms = torch.stack([torch.as_tensor(batch[name]) for name in ("reconstruction", "semantic") if name in batch]).double()
+            count += terms.shape[1]
+            total = total + F.adaptive_avg_pool2d(terms.sum(1), self.config.grid)
+            squares = squares + F.adaptive_avg_pool2d(terms.square().sum(1), self.config.grid)
+        if not count:
+            return
+        local, power = total / count, squares / count
+        whole = local.mean((1, 2), keepdim=True)
+        own, prior = count / (count + self.prior), self.prior / (count + self.prior)
+        variance = own * (power - local.square()) + prior * (power.mean((1, 2), keepdim=True) - whole.square())
+        terms = len(local)
+        self.mean[:terms] = own * local + prior * whole
+        # a network that has learned nothing yet may answer zero everywhere
+        self.std[:terms] = variance.clamp(min=1e-12).sqrt()

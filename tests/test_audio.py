@@ -201,7 +201,7 @@ def test_shapes_padding_and_cutting():
 def test_windows_cover_everything():
     frame = LogMel()
     for duration in (0.1, 4.0, 4.00001, 4.1, 5.9, 6.0, 6.1, 8.0, 61.7):
-        starts = frame.windows(duration)
+        starts = frame.windows((np.zeros(round(duration * RATE)), RATE))
         assert starts[0] == 0 and starts[-1] + 4 >= duration - 1 / RATE and len(set(starts)) == len(starts)
         assert max(np.diff(starts), default=0) <= 2 + 1e-9 and (len(starts) == 1 or starts[-1] + 4 <= duration + 1e-9)
 

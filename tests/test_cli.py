@@ -70,10 +70,11 @@ def run(data, tmp_path_factory):
 def test_a_run_folder_holds_what_is_promised(run):
     names = {path.relative_to(run).as_posix() for path in run.rglob("*")}
     assert {"config.json", "metrics.json", "scores.csv", "discrepancies.csv", "log.jsonl", "report.html", "model/model_index.json",
-            "checkpoints/step_00000012.pt", "figures/cases_brick.png", "maps/brick/test/hole/000.png"} <= names
+            "checkpoints/step_00000012.pt", "figures/cases_brick.png", "maps/brick/test/hole/000.tiff"} <= names
     assert len(list((run / "checkpoints").iterdir())) == 2  # the last two are kept
     metrics = json.loads((run / "metrics.json").read_text())
-    keys = {"image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro", "n_train", "n_test"}
+    keys = {"image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro", "n_train", "n_test",
+            "image_pauc"}
     assert set(metrics["mean"]) == set(metrics["categories"]["brick"]) == keys
     assert {"method", "dataset", "preset", "seed", "train_seconds", "seconds_per_image", "peak_memory_mb", "parameters"} <= set(metrics)
     assert any("protocol official" in note for note in metrics["notes"])

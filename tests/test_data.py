@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from adiff.core import InputError
-from adiff.data import (FULL_FRAME, OFFICIAL, PROTOCOLS, Images, Protocol, find_images, load_images, read_dataset,
-                        read_image, scale, to_array, to_tensor)
+from adiff.data import (FULL_FRAME, OFFICIAL, PROTOCOLS, Frames, Protocol, find_images, read_dataset,
+                        read_image, to_array, to_tensor)
 from adiff.demo_data import make_demo_data
 
 OFFICIAL_TRAINING = {"bottle": 188, "cable": 202, "capsule": 197, "carpet": 252, "grid": 238, "hazelnut": 352,
@@ -415,18 +415,24 @@ def test_development_data(shared):
     assert len(read_dataset(shared / "data/mvtec_style", "tire").select("test")) == 112
 
 
-# ---- images for the network
+# ---- frames for the network
 
-def test_lazy_and_eager_images_agree(tmp_path):
+def test_frames_are_read_when_asked_for(tmp_path):
     make_category(tmp_path / "tire", train=6)
     dataset = read_dataset(tmp_path)
-    lazy = Images(dataset, dataset.select("train"), OFFICIAL.at(32))
-    eager = load_images(lazy.paths, OFFICIAL.at(32))
-    assert eager.shape == (5, 3, 32, 32) and eager.dtype == torch.uint8
-    assert torch.equal(torch.stack([lazy[index] for index in range(len(lazy))]), scale(eager))
+    frames = Frames(dataset, dataset.select("train"), OFFICIAL.at(32))
+    assert [batch.shape for _, batch in frames.batches(4)] == [(4, 3, 32, 32), (1, 3, 32, 32)]
+    assert frames.row.tolist() == [0, 1, 2, 3, 4]
     (tmp_path / "tire/train/good/000.png").write_text("broken")
     with pytest.raises(InputError, match="000.png"):
-        load_images(find_images(tmp_path), OFFICIAL.at(32))
+        torch.stack(list(frames))
+
+
+def test_a_folder_holds_images_or_sounds(tmp_path):
+    make_category(tmp_path / "tire", train=2)
+    (tmp_path / "tire/train/good/hum.wav").write_bytes(b"RIFF")
+    with pytest.raises(InputError, match="images and sounds"):
+        read_dataset(tmp_path)
 
 
 # ---- the demo dataset

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from adiff.data import Images, read_dataset
+from adiff.data import OFFICIAL, Frames, read_dataset
 from adiff.deco_diff import DECO_DIFF_PRESETS, DeCoDiffConfig, build_deco_diff
 from adiff.training import checked, train
 
@@ -16,8 +16,8 @@ def trained(shared, tmp_path_factory):
         config = checked(DeCoDiffConfig, {**DECO_DIFF_PRESETS["cpu"], "codec": "taef2", "image_size": 96, "length": 120,
                                           "learning_rate": 1e-3, "augmentations": [], "validate_every": 120})
         dataset = read_dataset(shared / "data" / "mvtec_ad", "bottle")
-        detector = build_deco_diff(config, dataset.categories)
-        images = Images(dataset, dataset.select("train").iloc[:32], detector.frame)
+        detector = build_deco_diff(config, dataset.categories, OFFICIAL)
+        images = Frames(dataset, dataset.select("train").iloc[:32], detector.frame)
         with torch.no_grad():
             detector.codec.fit_scale([detector.resize(torch.stack(list(images)))])
         return detector, dataset, train(detector, dataset, config, device="cpu")
@@ -32,7 +32,7 @@ def test_loss_falls_below_the_trivial_predictor(trained):
 
 def test_a_pasted_defect_stands_out_and_the_rest_hardly_moves(trained):
     detector, dataset, _ = trained
-    frame = Images(dataset, dataset.select("validation").iloc[:1], detector.frame)[0][None]
+    frame = Frames(dataset, dataset.select("validation").iloc[:1], detector.frame)[0][None]
     defective = frame.clone()
     defective[..., 40:90, 40:90] = -frame[..., 40:90, 40:90]
     labels = detector.class_labels("bottle", 1)

@@ -1,0 +1,197 @@
+"""Every method, from a folder of images or sounds to metrics, and back from its saved folder; ADiff's own promises."""
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import soundfile
+import torch
+
+from adiff import AnomalyDetector, InputError, evaluate, fit
+from adiff.data import read_dataset
+from adiff.demo_data import make_demo_data
+from adiff.demo_sounds import make_demo_sounds
+from adiff.detection import detect_files
+from adiff.experiment import METHODS, resolve_config, run_each
+
+MOMENT = {"length": 4, "batch_size": 4, "augmentations": [], "validate_every": 4, "checkpoint_every": 4}
+MANY_STEPS = {"deco", "adiff", "ddpm", "ddpm-simplex", "autoencoder", "dense-autoencoder"}
+SOUNDS_ONLY = {"dense-autoencoder", "one-class-svm", "isolation-forest"}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return make_demo_data(tmp_path_factory.mktemp("images") / "demo", categories=("brick", "cup"), train=8, good=3, per_defect=1)
+
+
+@pytest.fixture(scope="module")
+def sounds(tmp_path_factory):
+    return make_demo_sounds(tmp_path_factory.mktemp("sounds") / "demo", train=8, good=3, per_fault=1)
+
+
+def overrides(method):
+    small = {"memory_size": 50} if method == "knn" else {"kept_channels": 8} if method == "padim" else {}
+    return {**small, **(MOMENT if method in MANY_STEPS else {})}
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_on_sounds(sounds, tmp_path, method):
+    detector = fit(method, sounds, tmp_path / "run", device="cpu", overrides=overrides(method))
+    metrics = evaluate(tmp_path / "run", device="cpu")
+    assert metrics["kind"] == "sound" and 0 <= metrics["mean"]["image_auroc"] <= 1 and metrics["mean"]["pixel_ap"] is None
+    assert any("log-mel" in note for note in metrics["notes"])
+    files = sorted((sounds / "pump/test/knock").iterdir())
+    again = AnomalyDetector.from_pretrained(tmp_path / "run/model")
+    assert np.allclose(detector(files).scores, again(files).scores, rtol=1e-4, atol=1e-5)
+    assert {"config.json", "metrics.json", "scores.csv", "log.jsonl", "figures", "model"} <= {path.name for path in (tmp_path / "run").iterdir()}
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - SOUNDS_ONLY - {"deco"}))
+def test_every_method_on_images(images, tmp_path, method):
+    detector = fit(method, images, tmp_path / "run", categories="cup", device="cpu", overrides=overrides(method))
+    metrics = evaluate(tmp_path / "run", device="cpu", save_maps=True)
+    assert 0 <= metrics["mean"]["pixel_ap"] <= 1 and metrics["mean"]["aupro"] is not None
+    assert len(list((tmp_path / "run/maps").rglob("*.tiff"))) == metrics["mean"]["n_test"]
+    image = images / "cup/test/hole/000.png"
+    assert np.allclose(detector(image).maps, AnomalyDetector.from_pretrained(tmp_path / "run/model")(image).maps, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", sorted(SOUNDS_ONLY))
+def test_methods_for_sounds_refuse_images(images, tmp_path, method):
+    with pytest.raises(InputError, match="is for sounds"):
+        fit(method, images, tmp_path / "run", categories="cup", device="cpu")
+
+
+def test_the_same_seed_gives_the_same_adiff(sounds, tmp_path):
+    first, again = (fit("adiff", sounds, tmp_path / name, device="cpu", overrides=MOMENT) for name in ("a", "b"))
+    assert all(torch.equal(a, b) for a, b in zip(first.network.state_dict().values(), again.network.state_dict().values()))
+    assert first.config.calibration == again.config.calibration
+
+
+def test_scores_do_not_depend_on_the_batch(sounds, tmp_path):
+    detector = fit("adiff", sounds, tmp_path / "run", device="cpu", overrides=MOMENT)
+    files = sorted((sounds / "pump/test").rglob("*.wav"))[:5]
+    together, alone = detector(files).scores, [detector(file).scores[0] for file in files]
+    assert np.allclose(together, alone, rtol=1e-3, atol=1e-4)
+
+
+def test_normalisation_and_threshold_come_from_held_out_normals(images, tmp_path):
+    "Test images may vanish or change without moving a single learned number."
+    fitted = []
+    for name in ("a", "b"):
+        data = make_demo_data(tmp_path / name / "demo", categories=("cup",), train=8, good=3 if name == "a" else 1, per_defect=1)
+        fitted.append(fit("adiff", data, tmp_path / name / "run", device="cpu", overrides=MOMENT))
+    a, b = (one.discrepancy for one in fitted)
+    assert torch.equal(a.mean, b.mean) and torch.equal(a.std, b.std) and (a.std != 1).all()
+    assert fitted[0].config.calibration == fitted[1].config.calibration
+
+
+@pytest.mark.parametrize("keys", [{"semantic_extractor": "unet"}, {"semantic_weight": 0.0}, {"prediction_type": "epsilon", "min_snr_gamma": 5.0},
+                                  {"beta_schedule": "squaredcos_cap_v2"}, {"wavelet": "db2", "noise": "simplex"}, {"top_share": 0.01}])
+def test_adiff_switches(sounds, tmp_path, keys):
+    fit("adiff", sounds, tmp_path / "run", device="cpu", overrides={**MOMENT, **keys})
+    assert evaluate(tmp_path / "run", device="cpu")["mean"]["image_auroc"] is not None
+
+
+def test_deco_diff_with_visual_features(images, tmp_path):
+    fit("deco", images, tmp_path / "run", categories="cup", device="cpu",
+        overrides={**MOMENT, "image_size": 64, "discrepancy_levels": ["pixel", "latent", "feature"]})
+    evaluate(tmp_path / "run", device="cpu")
+    measured = set(pd.read_csv(tmp_path / "run/discrepancies.csv").discrepancy)
+    assert {"pixel", "latent", "feature", "pixel x feature", "latent + feature", "pixel x latent x feature"} <= measured
+
+
+def test_presets_are_complete_configurations():
+    for method, parts in METHODS.items():
+        for preset in parts.presets:
+            assert resolve_config(method, preset).seed == 0
+
+
+# ---- one detector per category
+
+def test_one_detector_per_category(images, tmp_path):
+    metrics = run_each("padim", images, tmp_path / "runs", device="cpu", overrides=overrides("padim"))
+    assert set(metrics["categories"]) == {"brick", "cup"} and metrics["mean"]["n_test"] == 18
+    single = json.loads((tmp_path / "runs/cup/metrics.json").read_text())
+    assert single["categories"]["cup"] == metrics["categories"]["cup"]
+    again = run_each("padim", images, tmp_path / "runs", device="cpu", overrides=overrides("padim"), resume=True)
+    assert again["categories"] == metrics["categories"]
+
+
+@pytest.fixture(scope="module")
+def urban(tmp_path_factory):
+    "A tiny tree like UrbanSound8K's: two classes, training folds 1 and 2, test fold 10."
+    root, rows, generator = tmp_path_factory.mktemp("urban") / "urbansound8k", [], np.random.default_rng(0)
+    for number, (fold, name, class_id) in enumerate((f, n, c) for f in (1, 2, 10) for n, c in (("dog_bark", 3), ("siren", 8)) for _ in range(4)):
+        file = f"{1000 + number}-{class_id}-0-0.wav"
+        rows.append((file, 1000 + number, 0, 1.5, 1, fold, class_id, name))
+        path = root / f"audio/fold{fold}" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, generator.normal(0, 0.1, 24000) * np.sin(np.arange(24000) / (50 if class_id == 3 else 9)), 16000)
+    (root / "metadata").mkdir()
+    pd.DataFrame(rows, columns=["slice_file_name", "fsID", "start", "end", "salience", "fold", "classID", "class"]).to_csv(
+        root / "metadata/UrbanSound8K.csv", index=False)
+    return root
+
+
+def test_one_vs_rest(urban, tmp_path):
+    with pytest.raises(InputError, match="its own adiff detector"):
+        fit("adiff", urban, tmp_path / "joint", categories="dog_bark,siren", device="cpu", overrides=MOMENT)
+    assert not (tmp_path / "joint").exists()
+    metrics = run_each("one-class-svm", urban, tmp_path / "runs", categories="dog_bark,siren", device="cpu")
+    assert metrics["mean"]["n_test"] == 16 and set(metrics["harmonic_mean"]) == {"image_auroc", "image_ap", "image_pauc"}
+    fit("deco", urban, tmp_path / "deco", categories="dog_bark,siren", device="cpu", overrides=MOMENT)  # is told the category
+    assert evaluate(tmp_path / "deco", device="cpu")["mean"]["n_test"] == 16
+
+
+# ---- sounds of any length, and bad ones
+
+def test_long_recordings_are_scored_in_windows(sounds, tmp_path):
+    generator = np.random.default_rng(0)
+    plain = np.concatenate([soundfile.read(file)[0] for file in sorted((sounds / "pump/train/good").iterdir())[:3]])
+    soundfile.write(tmp_path / "quiet.wav", plain, 16000)
+    plain[7 * 16000:7 * 16000 + 4000] += 0.5 * generator.normal(size=4000)
+    soundfile.write(tmp_path / "burst.wav", plain, 16000)
+    fit("one-class-svm", sounds, tmp_path / "run", device="cpu")
+    table = detect_files(tmp_path / "run/model", [tmp_path / "quiet.wav", tmp_path / "burst.wav"], tmp_path / "out", device="cpu")
+    windows = pd.read_csv(tmp_path / "out/windows.csv")
+    burst = windows[windows.path.str.contains("burst")]
+    assert burst.start.tolist() == [0, 2, 4, 6, 8] and table.score[1] > table.score[0]
+    loudest = burst.loc[burst.score.idxmax()]
+    assert loudest.start <= 7 < loudest.end and (tmp_path / "out/overlays/burst.wav_overlay.png").exists()
+    folder = tmp_path / "long"
+    folder.mkdir()
+    soundfile.write(folder / "hour.wav", plain, 16000)  # a plain folder with one long recording is enough to train
+    fit("adiff", folder, tmp_path / "plain", device="cpu", overrides=MOMENT)
+    assert AnomalyDetector.from_pretrained(tmp_path / "plain/model")(tmp_path / "burst.wav").scores.shape == (1,)
+
+
+def test_broken_sounds_are_listed_and_the_rest_goes_on(sounds, tmp_path):
+    fit("isolation-forest", sounds, tmp_path / "run", device="cpu")
+    folder = tmp_path / "new"
+    folder.mkdir()
+    hum = 0.1 * np.sin(np.arange(64000) / 20)
+    for name, values, rate in (("silent", np.zeros(64000), 16000), ("clipped", np.clip(50 * hum, -1, 1), 16000),
+                               ("eight_channels", np.repeat(hum[:, None], 8, 1), 16000), ("8_khz", hum[:32000], 8000)):
+        soundfile.write(folder / f"{name}.wav", values, rate)
+    soundfile.write(folder / "nan.wav", np.where(np.arange(64000) == 99, np.nan, hum).astype(np.float32), 16000, subtype="FLOAT")
+    soundfile.write(folder / "zero_length.wav", np.zeros(0), 16000)
+    (folder / "truncated.wav").write_bytes((folder / "clipped.wav").read_bytes()[:1000])
+    (folder / "empty.wav").write_bytes(b"")
+    (folder / "text.wav").write_text("not a sound")
+    table = detect_files(tmp_path / "run/model", [folder], tmp_path / "out", device="cpu").set_index(
+        pd.Index([path.stem for path in sorted(folder.iterdir())]))
+    bad = ["empty", "nan", "text", "truncated", "zero_length"]
+    assert table.index[table.error != ""].tolist() == bad and table.score.isna().tolist() == (table.error != "").tolist()
+    for name in bad:
+        assert f"{name}.wav" in table.error[name] and "\n" not in table.error[name]
+    with pytest.raises(InputError, match="empty.wav"):
+        fit("isolation-forest", folder, tmp_path / "bad", device="cpu")
+    assert not (tmp_path / "bad/model").exists()
+
+
+def test_images_and_sounds_are_not_mixed_up(sounds, images, tmp_path):
+    fit("isolation-forest", sounds, tmp_path / "run", device="cpu")
+    with pytest.raises(InputError, match="no sound"):
+        detect_files(tmp_path / "run/model", [images], tmp_path / "out", device="cpu")
+    assert read_dataset(sounds).kind == "sound" and read_dataset(images).kind == "image"
