@@ -72,9 +72,9 @@ ABLATION = {
     "all off": dict(_blocks, attention_levels=[], channel_multipliers=[2], scales=[1], semantic_weight=0.0),
 }
 
-# %% ../nbs/32_adiff.ipynb #c230cd0c
-DDPM_PRESETS = {"cpu": dict(_minutes, codec="pixels", wavelet_levels=0, image_size=64, latent_scale="given", wavelet_sampling=False,
-                            attention_levels=[], scales=[1], semantic_weight=0.0, length=200)}
+# %% ../nbs/32_adiff.ipynb #29823fdd
+DDPM_PRESETS = {"cpu": dict(_minutes, codec="pixels", wavelet_levels=0, image_size=32, latent_scale="given", wavelet_sampling=False,
+                            attention_levels=[], scales=[1], semantic_weight=0.0, length=400)}
 SIMPLEX_PRESETS = {name: {**preset, "noise": "simplex"} for name, preset in DDPM_PRESETS.items()}
 
 # %% ../nbs/32_adiff.ipynb #d1788a2c

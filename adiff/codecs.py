@@ -340,8 +340,8 @@ def load_codec(name="wavelet", **options):
 
     `name`: wavelet, pixels, taef2, taesd, sd-vae-ft-ema, sd-vae-ft-mse, or a folder: one written by `save_pretrained` of a
     codec, an AutoencoderKL or an AutoencoderTiny, or one with NAME_encoder.pth and NAME_decoder.pth. Weights of a named
-    codec come from `$ADIFF_WEIGHTS/name`, else from the hub's cache, else from the hub. `options` (wavelet, levels,
-    image_channels) are those of the wavelet codec only. Raises `InputError` for an unknown name or option, and if the
+    codec come from `$ADIFF_WEIGHTS/name`, else from the hub's cache, else from the hub. `options` are the
+    arguments of the codecs wavelet (wavelet, levels, image_channels) and pixels (levels, image_channels). Raises `InputError` for an unknown name or option, and if the
     weights are in none of the three places or cannot be read.
     """
     known = _options.get(_made.get(name), ())

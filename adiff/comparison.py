@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['COMPARISONS', 'compare', 'comparison_table']
 
-# %% ../nbs/56_comparison.ipynb #a85cdc7c
+# %% ../nbs/56_comparison.ipynb #717f3db6
 from pathlib import Path
 
 import pandas as pd
 
-from .adiff import ABLATION
-from .core import InputError, unknown_name
+from .adiff import ABLATION, ADIFF_PRESETS
+from .core import unknown_name
+from .deco_diff import DECO_DIFF_PRESETS
 from .experiment import run_each
 
 # %% ../nbs/56_comparison.ipynb #f9a0a3ea
@@ -22,7 +23,11 @@ COMPARISONS = {
     },
     "sounds": {
         "one-class SVM": ("one-class-svm", {}), "isolation forest": ("isolation-forest", {}), "kNN memory": ("knn", {}),
-        "dense autoencoder (DCASE)": ("dense-autoencoder", {}), "ADiff": ("adiff", {}), "DeCo-Diff": ("deco", {}),
+        "dense autoencoder (DCASE)": ("dense-autoencoder", {}), "ADiff": ("adiff", {}), "DeCo-Diff": ("deco", {"length": 120}),
+    },
+    "hybrids": {
+        "DeCo-Diff on wavelets": ("deco", {}), "DeCo-Diff on TAEF2 latents": ("deco", DECO_DIFF_PRESETS["cpu-taef2"]),
+        "ADiff on wavelets": ("adiff", {}), "ADiff on TAEF2 latents": ("adiff", ADIFF_PRESETS["cpu-taef2"]),
     },
     "ablation": {name: ("adiff", overrides) for name, overrides in ABLATION.items()},
 }

@@ -39,12 +39,15 @@ class DeCoDiffConfig(DetectorConfig):
     latent_sigma: float = Field(1.0, ge=0, description="latent cells")
     feature_cap: float = Field(0.5, gt=0, description="cosine distance of frozen features, for the level feature")
 
-# %% ../nbs/30_deco_diff.ipynb #6d324838
-DECO_DIFF_PRESETS = {
-    "cpu": dict(codec="wavelet", wavelet_levels=2, latent_scale="measured", image_size=None, unet="nano", dropout=0.0,
+# %% ../nbs/30_deco_diff.ipynb #00f2d18f
+_minutes = dict(codec="wavelet", wavelet_levels=2, latent_scale="measured", image_size=None, unet="nano", dropout=0.0,
                 patch_size_per="image", combination="arithmetic", unit="steps", length=500, warmup=20, horizon=None,
                 learning_rate=1e-3, batch_size=16, gradient_accumulation_steps=1, gradient_clip=1.0, validate_every=50,
-                checkpoint_every=100),
+                checkpoint_every=100)
+
+DECO_DIFF_PRESETS = {
+    "cpu": _minutes,
+    "cpu-taef2": {**_minutes, "codec": "taef2"},
     "gpu": dict(codec="taef2", latent_scale="measured", image_size=256, unet="S", dropout=0.1, unit="steps", length=4000, warmup=100,
                 horizon=None, learning_rate=2e-4, batch_size=32, gradient_accumulation_steps=1, gradient_clip=1.0, ema_decay=0.999,
                 mixed_precision="bf16", validate_every=250, checkpoint_every=1000),

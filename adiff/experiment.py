@@ -258,7 +258,7 @@ def choose_examples(rows, maps, masks):
     "Up to five test files of a category that tell its story: (row, map, mask or None, why) of the best and worst cases."
     order = rows.reset_index(drop=True).sort_values("score", kind="stable")
     anomalous, normal = order[order.label == 1].index, order[order.label == 0].index
-    chosen = {"best found": anomalous[-2:][::-1], "worst found": anomalous[:2], "loudest normal": normal[-1:]}
+    chosen = {"best found": anomalous[-2:][::-1], "worst found": anomalous[:2], "highest normal": normal[-1:]}
     seen = set()
     return [(rows.iloc[i], maps[i], None if masks is None else masks[i], why) for why, indices in chosen.items() for i in indices
             if not (i in seen or seen.add(i))]
@@ -269,6 +269,7 @@ def draw_figures(folder, detector, dataset, log, scores, curves, examples):
     figures.use_style()
     folder = ensure_folder(folder)
     frame = detector.frame
+    thresholds = {name: one["threshold"] for name, one in (detector.config.calibration or {}).items()}
     for category in dict.fromkeys(row.category for row, *_ in examples):
         cases = [case for case in examples if case[0].category == category]
         sources = [dataset.root / row.path for row, *_ in cases]
@@ -280,12 +281,13 @@ def draw_figures(folder, detector, dataset, log, scores, curves, examples):
                   "reconstruction": None if pictures is None else pictures[i],
                   "discrepancies": {name: one[i] for name, one in out.discrepancies.items()}, "map": anomaly_map, "mask": mask}
                  for i, (row, anomaly_map, mask, why) in enumerate(cases)]
-        figures.save_figure(figures.panel(table, axes=frame.axes()), folder / f"cases_{category}.png")
+        # an open map is drawn up to three thresholds, so that one loud defect does not leave all others black
+        limit = detector.discrepancy.limit or 3 * max(thresholds.get(category, 0.0), 0.0) or None
+        figures.save_figure(figures.panel(table, limit, frame.axes()), folder / f"cases_{category}.png")
         if detector.network is not None and detector.codec.has_decoder:
             figures.save_figure(film_strip(detector, sources[0], category), folder / f"correction_{category}.png")
     if "loss" in log:
         figures.save_figure(figures.loss_curve(log), folder / "loss.png")
-    thresholds = {name: one["threshold"] for name, one in (detector.config.calibration or {}).items()}
     figures.save_figure(figures.score_histogram(scores, thresholds), folder / "scores.png")
     if scores.groupby("category").label.nunique().max() == 2:
         figures.save_figure(figures.roc_curves(scores), folder / "roc.png")

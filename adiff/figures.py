@@ -126,7 +126,7 @@ def _panel_columns(rows):
     "[(name, kind of picture, one image or None per row)], without columns that are empty."
     names = list(dict.fromkeys(name for row in rows for name in row["discrepancies"]))
     columns = [("input", "image", [row["image"] for row in rows]),
-               ("reconstruction", "image", [row["reconstruction"] for row in rows]),
+               ("reconstructed", "image", [row["reconstruction"] for row in rows]),
                *[(name, "discrepancy", [row["discrepancies"].get(name) for row in rows]) for name in names],
                ("anomaly map", "anomaly score", [row["map"] for row in rows]),
                ("mask", "mask", [row["mask"] for row in rows])]

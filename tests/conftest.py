@@ -2,7 +2,10 @@
 import os
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
+import soundfile
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -19,3 +22,21 @@ def shared():
     if not (folder / "data").is_dir():
         pytest.skip(f"needs the development data: set ADIFF_SHARED to its folder (looked at {folder.name}/data)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def urban_tree():
+    "A function that writes a tiny tree like UrbanSound8K's to a folder: two classes, training folds 1 and 2, test fold 10."
+    def write(root):
+        rows, generator = [], np.random.default_rng(0)
+        for number, (fold, name, class_id) in enumerate((f, n, c) for f in (1, 2, 10) for n, c in (("dog_bark", 3), ("siren", 8)) for _ in range(4)):
+            file = f"{1000 + number}-{class_id}-0-0.wav"
+            rows.append((file, 1000 + number, 0, 1.5, 1, fold, class_id, name))
+            path = root / f"audio/fold{fold}" / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            soundfile.write(path, generator.normal(0, 0.1, 24000) * np.sin(np.arange(24000) / (50 if class_id == 3 else 9)), 16000)
+        (root / "metadata").mkdir()
+        pd.DataFrame(rows, columns=["slice_file_name", "fsID", "start", "end", "salience", "fold", "classID", "class"]).to_csv(
+            root / "metadata/UrbanSound8K.csv", index=False)
+        return root
+    return write

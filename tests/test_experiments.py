@@ -1,24 +1,31 @@
-"""The experiment notebook from end to end, as papermill runs it."""
+"""The experiment notebooks from end to end, as papermill runs them."""
 import json
 
+import pandas as pd
 import papermill
 import pytest
 
 from adiff import AnomalyDetector
 from adiff.demo_data import make_demo_data
+from adiff.demo_sounds import make_demo_sounds
 from adiff.experiment import evaluate, fit
 
 OVERRIDES = {"image_size": 32, "wavelet_levels": 2, "length": 6, "batch_size": 4, "augmentations": []}
 
 
-def execute(repository, folder, **parameters):
+def execute(repository, folder, name="deco_image", **parameters):
     output = folder / "out.ipynb"
-    papermill.execute_notebook(repository / "nbs/experiments/deco_image.ipynb", output, parameters=parameters, progress_bar=False)
+    papermill.execute_notebook(repository / f"nbs/experiments/{name}.ipynb", output, parameters=parameters, progress_bar=False)
     return json.loads(output.read_text())
 
 
-def test_parameters_are_the_documented_ones(repository):
-    known = papermill.inspect_notebook(repository / "nbs/experiments/deco_image.ipynb")
+def pictures(notebook, kind="image/png"):
+    return [output for cell in notebook["cells"] for output in cell.get("outputs", []) if kind in output.get("data", {})]
+
+
+@pytest.mark.parametrize("name", ["deco_image", "adiff_image", "adiff_audio"])
+def test_parameters_are_the_documented_ones(repository, name):
+    known = papermill.inspect_notebook(repository / f"nbs/experiments/{name}.ipynb")
     assert set(known) == {"data_root", "categories", "preset", "out_dir", "seed", "device", "overrides", "resume"}
     assert all(one["help"] for one in known.values())
 
@@ -31,8 +38,33 @@ def test_notebook_end_to_end(repository, tmp_path):
     assert set(metrics["categories"]) == {"brick", "cup"} and metrics["mean"]["n_test"] == 16
     assert any("class label" in note for note in metrics["notes"])
     assert "figures/cases_cup.png" in (tmp_path / "run/report.html").read_text()
-    pictures = [output for cell in notebook["cells"] for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
-    assert len(pictures) >= 6
+    assert len(pictures(notebook)) >= 6
+
+
+MOMENT = json.dumps({"length": 4, "batch_size": 4, "augmentations": []})
+
+
+def test_adiff_on_images(repository, tmp_path):
+    data = make_demo_data(tmp_path / "demo", categories=("brick", "cup"), train=6, good=2, per_defect=1)
+    notebook = execute(repository, tmp_path, "adiff_image", data_root=str(data), out_dir=str(tmp_path / "runs"), device="cpu", overrides=MOMENT)
+    assert set(json.loads((tmp_path / "runs/metrics.json").read_text())["categories"]) == {"brick", "cup"}
+    assert (tmp_path / "runs/brick/report.html").exists() and len(pictures(notebook)) >= 6
+
+
+def test_adiff_on_sounds(repository, tmp_path):
+    data = make_demo_sounds(tmp_path / "demo", train=6, good=2, per_fault=1)
+    notebook = execute(repository, tmp_path, "adiff_audio", data_root=str(data), out_dir=str(tmp_path / "run"), device="cpu", overrides=MOMENT)
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["kind"] == "sound"
+    players = [output for output in pictures(notebook, "text/html") if "<audio" in "".join(output["data"]["text/html"])]
+    assert len(players) == 3 and len(pictures(notebook)) >= 4
+
+
+def test_methods_side_by_side(repository, tmp_path):
+    data = make_demo_sounds(tmp_path / "demo", train=6, good=2, per_fault=1)
+    notebook = execute(repository, tmp_path, "compare", comparison="sounds", data_root=str(data), seeds="0,1", out_dir=str(tmp_path / "runs"),
+                       device="cpu", overrides=json.dumps({"length": 2, "batch_size": 4, "augmentations": []}))
+    table = pd.read_csv(tmp_path / "runs/comparison.csv")
+    assert table.variant.nunique() == 6 and len(table) == 12 and len(pictures(notebook)) == 1
 
 
 @pytest.mark.parametrize("parameters, words", [({"data_rot": "x"}, ["data_rot", "data_root"]),

@@ -119,19 +119,8 @@ def test_one_detector_per_category(images, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def urban(tmp_path_factory):
-    "A tiny tree like UrbanSound8K's: two classes, training folds 1 and 2, test fold 10."
-    root, rows, generator = tmp_path_factory.mktemp("urban") / "urbansound8k", [], np.random.default_rng(0)
-    for number, (fold, name, class_id) in enumerate((f, n, c) for f in (1, 2, 10) for n, c in (("dog_bark", 3), ("siren", 8)) for _ in range(4)):
-        file = f"{1000 + number}-{class_id}-0-0.wav"
-        rows.append((file, 1000 + number, 0, 1.5, 1, fold, class_id, name))
-        path = root / f"audio/fold{fold}" / file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        soundfile.write(path, generator.normal(0, 0.1, 24000) * np.sin(np.arange(24000) / (50 if class_id == 3 else 9)), 16000)
-    (root / "metadata").mkdir()
-    pd.DataFrame(rows, columns=["slice_file_name", "fsID", "start", "end", "salience", "fold", "classID", "class"]).to_csv(
-        root / "metadata/UrbanSound8K.csv", index=False)
-    return root
+def urban(urban_tree, tmp_path_factory):
+    return urban_tree(tmp_path_factory.mktemp("urban") / "urbansound8k")
 
 
 def test_one_vs_rest(urban, tmp_path):

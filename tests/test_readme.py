@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from adiff import experiment
 from adiff.cli import main
 from adiff.demo_data import make_demo_data
+from adiff.demo_sounds import make_demo_sounds
 
 
 def blocks(repository, language):
@@ -19,15 +20,20 @@ def blocks(repository, language):
 
 
 @pytest.fixture
-def workplace(tmp_path, monkeypatch):
+def workplace(tmp_path, monkeypatch, urban_tree):
     "A folder with the data that the README speaks of; presets train for a moment only."
     data = make_demo_data(tmp_path / "data" / "mvtec_ad", categories=("brick",), train=8, good=2, per_defect=1)
     (data / "brick").rename(data / "bottle")
     shutil.copytree(data / "bottle/train/good", tmp_path / "photos/normal")
     shutil.copytree(data / "bottle/test/hole", tmp_path / "photos/new")
     (tmp_path / "photos/new/000.png").rename(tmp_path / "photos/new/IMG_1.png")
-    monkeypatch.setitem(experiment.METHODS["deco"].presets, "cpu", dict(
-        experiment.METHODS["deco"].presets["cpu"], length=6, image_size=32, wavelet_levels=2, batch_size=4, augmentations=[]))
+    pump = make_demo_sounds(tmp_path / "sounds_made", train=6, good=2, per_fault=1) / "pump"
+    shutil.copytree(pump / "train/good", tmp_path / "sounds/normal")
+    shutil.copytree(pump / "test/knock", tmp_path / "recordings/new")
+    urban_tree(tmp_path / "data/urbansound8k")
+    for method, size in (("deco", 32), ("adiff", 64)):
+        monkeypatch.setitem(experiment.METHODS[method].presets, "cpu", dict(
+            experiment.METHODS[method].presets["cpu"], length=6, image_size=size, wavelet_levels=2, batch_size=4, augmentations=[]))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -42,20 +48,24 @@ def test_python_block(repository, workplace):
 
 def test_adiff_commands(repository, workplace):
     commands = [line.split("#")[0] for block in blocks(repository, "sh") for line in block.splitlines() if line.startswith("adiff ")]
-    assert [shlex.split(command)[1] for command in commands] == ["fit", "detect", "fit", "evaluate"]
+    assert [shlex.split(command)[1] for command in commands] == ["demo", "fit", "detect", "fit", "detect", "fit", "evaluate", "fit"]
     for command in commands:
         result = CliRunner().invoke(main, shlex.split(command)[1:])
         assert result.exit_code == 0, (command, result.output)
-    assert (workplace / "detections" / "scores.csv").exists() and (workplace / "runs/bottle/report.html").exists()
+    for made in ("detections/scores.csv", "runs/bottle/report.html", "heard/windows.csv", "runs/demo_audio/run_sounds/report.html",
+                 "runs/svm/siren/metrics.json"):
+        assert (workplace / made).exists(), made
 
 
 def test_named_files_and_parameters_exist(repository):
     text = (repository / "README.md").read_text()
     for name in re.findall(r"(?:data_scripts|nbs)/[\w/]+\.(?:py|ipynb)", text):
         assert (repository / name).exists(), name
-    (command,) = re.findall(r"^papermill (.*)$", text, re.MULTILINE)
-    known = papermill.inspect_notebook(repository / shlex.split(command)[0])
-    assert set(re.findall(r"-p (\w+)", command)) <= set(known)
+    commands = re.findall(r"^papermill (.*)$", text, re.MULTILINE)
+    assert len(commands) >= 4
+    for command in commands:
+        known = papermill.inspect_notebook(repository / shlex.split(command)[0])
+        assert set(re.findall(r"-p (\w+)", command)) <= set(known), command
     help_text = subprocess.run([sys.executable, repository / "data_scripts/mvtec_ad.py", "--help"], capture_output=True, text=True).stdout
     assert "--out" in help_text and "--archive" in help_text
     for target in ("demo", "test", "export"):

@@ -80,7 +80,7 @@ def test_equal_images_have_no_distance(channels, images):
 
 @torch.no_grad()
 def test_normalisation_comes_from_the_normals_given(images):
-    discrepancy, z = SemanticDiscrepancy.pretrained(semantic_weight=0.25), torch.zeros(2, 4, 12, 12)
+    discrepancy, z = SemanticDiscrepancy.pretrained(semantic_weight=0.25, grid=1), torch.zeros(2, 4, 12, 12)
     maps = discrepancy(z, z, *images, 64)
     assert torch.allclose(maps["anomaly"], 0.75 * maps["reconstruction"] + 0.25 * maps["semantic"])  # before any normals
     discrepancy.fit_normalization([maps])
@@ -90,6 +90,20 @@ def test_normalisation_comes_from_the_normals_given(images):
     assert all(torch.equal(fitted[name], maps[name]) for name in ("reconstruction", "semantic"))
     discrepancy.fit_normalization([{name: torch.zeros(1, 8, 8) for name in maps}])  # a network that has learned nothing yet
     assert discrepancy(z, z, *images, 64)["anomaly"].isfinite().all()
+
+
+@torch.no_grad()
+def test_normalisation_knows_where(images):
+    "A place that is always badly redrawn is forgiven there and nowhere else; many normals outweigh the prior."
+    discrepancy = SemanticDiscrepancy(semantic_weight=0, grid=2)
+    maps = torch.ones(400, 64, 64) * 0.1 + 0.01 * torch.rand(400, 64, 64, generator=torch.Generator().manual_seed(0))
+    maps[:, :32, :32] += 1
+    discrepancy.fit_normalization({"reconstruction": batch} for batch in maps.split(100))
+    assert torch.allclose(discrepancy.mean[0], torch.tensor([[1.105, 0.105], [0.105, 0.105]]), atol=0.01)
+    few = SemanticDiscrepancy(semantic_weight=0, grid=2)
+    few.fit_normalization([{"reconstruction": maps[:1]}])
+    assert 0.3 < few.mean[0, 0, 0] < 0.8  # one normal moves it a fifth of the way
+    assert (few.mean[1] == 0).all() and (few.std[1] == 1).all()  # no semantic term, nothing learned
 
 
 @pytest.mark.parametrize("decoder", [True, False])
