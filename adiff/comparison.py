@@ -23,7 +23,7 @@ COMPARISONS = {
     },
     "sounds": {
         "one-class SVM": ("one-class-svm", {}), "isolation forest": ("isolation-forest", {}), "kNN memory": ("knn", {}),
-        "dense autoencoder (DCASE)": ("dense-autoencoder", {}), "ADiff": ("adiff", {}), "DeCo-Diff": ("deco", {"length": 120}),
+        "dense autoencoder (DCASE)": ("dense-autoencoder", {}), "ADiff": ("adiff", {}), "DeCo-Diff": ("deco", {}),
     },
     "hybrids": {
         "DeCo-Diff on wavelets": ("deco", {}), "DeCo-Diff on TAEF2 latents": ("deco", DECO_DIFF_PRESETS["cpu-taef2"]),

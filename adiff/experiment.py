@@ -89,7 +89,7 @@ def fit(method, data_root, out_dir, preset="cpu", categories="all", seed=0, devi
     one_vs_rest = dataset.select("test").path.duplicated().any()
     if one_vs_rest and not METHODS[method].conditional:
         raise InputError(f"categories: each of {', '.join(dataset.categories)} needs its own {method} detector, because what is normal "
-                         "for one is anomalous for another; name one category, or train one detector per category")
+                         "for one is anomalous for another; name one category, or use --each (run_each in python)")
     ensure_folder(out_dir)
     started = (out_dir / "model").exists() or any((out_dir / "checkpoints").glob("*"))
     if started and not resume:

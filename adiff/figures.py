@@ -185,7 +185,8 @@ def sound_figure(spectrogram, anomaly_map, seconds, axes, threshold=None, vmin=0
     extent = (0, seconds, bands - 0.5, -0.5)
     grid[0, 0].imshow(spectrogram, extent=extent, aspect="auto")
     grid[0, 0].set_title("spectrogram", loc="left", fontsize=9)
-    grid[1, 0].imshow(overlay(spectrogram, anomaly_map, vmin=vmin, vmax=vmax), extent=extent, aspect="auto")
+    grey = np.uint8(np.mean(spectrogram, axis=2))  # colour is for the map
+    grid[1, 0].imshow(overlay(grey, anomaly_map, vmin=vmin, vmax=vmax), extent=extent, aspect="auto")
     grid[1, 0].set_title("with the anomaly map over it", loc="left", fontsize=9)
     for axis in grid[:2, 0]:
         axis.set(yticks=[at * bands - 0.5 for at in axes["yticks"][0]], ylabel=axes["ylabel"])
