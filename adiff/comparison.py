@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['COMPARISONS', 'compare', 'comparison_table']
 
-# %% ../nbs/56_comparison.ipynb #717f3db6
+# %% ../nbs/56_comparison.ipynb #b86b6452
 from pathlib import Path
 
 import pandas as pd
 
 from .adiff import ABLATION, ADIFF_PRESETS
 from .core import unknown_name
-from .deco_diff import DECO_DIFF_PRESETS
 from .experiment import run_each
 
 # %% ../nbs/56_comparison.ipynb #f9a0a3ea
@@ -26,7 +25,7 @@ COMPARISONS = {
         "dense autoencoder (DCASE)": ("dense-autoencoder", {}), "ADiff": ("adiff", {}), "DeCo-Diff": ("deco", {}),
     },
     "hybrids": {
-        "DeCo-Diff on wavelets": ("deco", {}), "DeCo-Diff on TAEF2 latents": ("deco", DECO_DIFF_PRESETS["cpu-taef2"]),
+        "DeCo-Diff on wavelets": ("deco", {}),
         "ADiff on wavelets": ("adiff", {}), "ADiff on TAEF2 latents": ("adiff", ADIFF_PRESETS["cpu-taef2"]),
     },
     "ablation": {name: ("adiff", overrides) for name, overrides in ABLATION.items()},
