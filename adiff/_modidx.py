@@ -220,6 +220,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'adiff.data.find_files': ('data.html#find_files', 'adiff/data.py'),
                             'adiff.data.find_images': ('data.html#find_images', 'adiff/data.py'),
                             'adiff.data.kind_of': ('data.html#kind_of', 'adiff/data.py'),
+                            'adiff.data.read_csv_table': ('data.html#read_csv_table', 'adiff/data.py'),
                             'adiff.data.read_dataset': ('data.html#read_dataset', 'adiff/data.py'),
                             'adiff.data.read_image': ('data.html#read_image', 'adiff/data.py'),
                             'adiff.data.to_array': ('data.html#to_array', 'adiff/data.py'),

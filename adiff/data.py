@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OFFICIAL', 'FULL_FRAME', 'PROTOCOLS', 'SUFFIXES', 'read_image', 'to_tensor', 'to_array', 'Protocol', 'kind_of',
-           'find_files', 'find_images', 'Dataset', 'read_dataset', 'Frames']
+           'find_files', 'find_images', 'Dataset', 'read_csv_table', 'read_dataset', 'Frames']
 
 # %% ../nbs/10_data.ipynb #6dd954fc
 import hashlib
@@ -391,17 +391,23 @@ _meaning = {"split": {"train": "train", "val": "validation", "validation": "vali
             "label": {"normal": 0, "0": 0, "anomaly": 1, "1": 1}}
 
 
-def _table_samples(file):
-    "The rows of a split table, in `Dataset`'s columns. Raises `InputError` naming the file and, where it can, the row."
+def read_csv_table(file, columns):
+    "A CSV table of strings that has at least these `columns` and a row. Raises `InputError` naming the file."
     try:
         table = pd.read_csv(file, dtype=str, keep_default_na=False)
     except FileNotFoundError:
-        raise InputError(f"{file}: no such split table") from None
+        raise InputError(f"{file}: no such file; name an existing CSV table") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{file}: not a CSV table ({' '.join(str(error).split())})") from None
-    missing = [name for name in ("object", "split", "label", "image") if name not in table]
+    missing = [name for name in columns if name not in table]
     if missing or table.empty:
         raise InputError(f"{file}: " + (f"has no column {', '.join(missing)}" if missing else "the table has no rows"))
+    return table
+
+
+def _table_samples(file):
+    "The rows of a split table, in `Dataset`'s columns. Raises `InputError` naming the file and, where it can, the row."
+    table = read_csv_table(file, ("object", "split", "label", "image"))
     for name, meaning in _meaning.items():
         unknown = table[~table[name].isin(meaning)]
         if len(unknown):

@@ -13,7 +13,7 @@ from pathlib import Path, PurePath
 import pandas as pd
 
 from .core import InputError, unknown_name
-from .data import Dataset, _chosen, kind_of
+from .data import _chosen, Dataset, kind_of, read_csv_table
 from .metrics import image_metrics
 
 # %% ../nbs/14_urbansound8k.ipynb #7278f909
@@ -28,15 +28,7 @@ def _read_metadata(file):
 
     Raises `InputError` naming the file and, where it can, the row.
     """
-    try:
-        table = pd.read_csv(file, dtype=str, keep_default_na=False)
-    except FileNotFoundError:
-        raise InputError(f"{file}: no such file; give the folder that holds metadata and audio") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: not a CSV table ({' '.join(str(error).split())})") from None
-    missing = [name for name in _columns if name not in table]
-    if missing or table.empty:
-        raise InputError(f"{file}: " + (f"has no column {', '.join(missing)}" if missing else "the table has no rows"))
+    table = read_csv_table(file, _columns)
     start, end = (pd.to_numeric(table[name], errors="coerce") for name in ("start", "end"))
     clips = pd.DataFrame({"name": table.slice_file_name.map(lambda name: PurePath(name).stem), "recording": table.fsID,
                           "fold": table.fold, "sound": table["class"], "seconds": (end - start).round(3)})

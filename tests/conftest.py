@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import soundfile
+import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -22,6 +23,15 @@ def shared():
     if not (folder / "data").is_dir():
         pytest.skip(f"needs the development data: set ADIFF_SHARED to its folder (looked at {folder.name}/data)")
     return folder
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    "Small tensors: several threads would only wait for one another."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

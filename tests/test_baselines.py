@@ -21,13 +21,7 @@ FITTED = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    "Small tensors: several threads would only wait for one another."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def latents(count, seed=0, shape=(12, 6, 6)):

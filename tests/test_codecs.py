@@ -19,13 +19,7 @@ KL_CONFIG = dict(block_out_channels=[8, 8, 8, 8], norm_num_groups=4, layers_per_
 TINY_CONFIG = dict(encoder_block_out_channels=[16] * 4, decoder_block_out_channels=[16] * 4)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    "Small tensors: several threads would only wait for one another."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -10,13 +10,7 @@ from adiff.unet import ClassTokenUNet
 from adiff.wavelets import WaveletDownsample, WaveletUpsample
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    "Small tensors: several threads would only wait for one another."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(**options):

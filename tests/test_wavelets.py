@@ -12,13 +12,7 @@ from adiff.wavelets import (WaveletDownsample, WaveletPacket1d, WaveletPacket2d,
                             band_statistics, orthogonal_wavelets, wavelet_decompose, wavelet_reconstruct, weight_bands)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    "Small tensors: several threads would only wait for one another."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def uniform(*shape, seed=0, dtype=torch.float32):
