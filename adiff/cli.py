@@ -109,13 +109,15 @@ def detect(model, paths, out_dir, category, batch_size, device):
 def demo(audio, out_dir, seed, device):
     "Make data (real photographs, or synthesised sounds), train a detector, evaluate it, draw: minutes on two CPU cores."
     from adiff import experiment, report
+    from adiff.adiff import SHORT_EVENTS
     from adiff.demo_data import make_demo_data
     from adiff.demo_sounds import make_demo_sounds
 
     out_dir = Path(out_dir)
-    method, make, name = ("adiff", make_demo_sounds, "sounds") if audio else ("deco", make_demo_data, "demo")
+    method, make, name, overrides = (("adiff", make_demo_sounds, "sounds", SHORT_EVENTS) if audio
+                                     else ("deco", make_demo_data, "demo", {}))
     data, run = make(out_dir / name, seed=seed), out_dir / ("run_sounds" if audio else "run")
-    experiment.fit(method, data, run, seed=seed, device=device, resume=True)
+    experiment.fit(method, data, run, seed=seed, device=device, overrides=overrides, resume=True)
     metrics = experiment.evaluate(run, device=device)
     click.echo(report.metrics_text(metrics))
     click.echo(f"look at: {report.write_report(run).resolve()}")
