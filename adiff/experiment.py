@@ -209,7 +209,9 @@ def evaluate(run, device="auto", save_maps=False, batch_size=16):
 def summary(categories, notes):
     "mean and harmonic_mean over the metrics of `categories`; what is undefined is told in `notes`, which grows."
     mean = mean_metrics(categories)
-    notes += mean.pop("notes")
+    undefined = mean.pop("notes")
+    if len(categories) > 1:  # of a single category its own note has said so
+        notes += undefined
     mean.update({key: sum(result[key] for result in categories.values()) for key in ("n_train", "n_test")})
     harmonic = harmonic_mean_metrics(categories)
     harmonic.pop("notes")  # whatever lacks a harmonic mean lacks a mean, or is zero

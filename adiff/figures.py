@@ -114,8 +114,9 @@ def _explain_axes(column, images, axes):
 def _image_grid(lines, columns, image):
     "A figure with `lines` x `columns` axes in the shape of `image`, and below them one thin, hidden axis per column."
     height, width = np.asarray(image).shape[:2]
-    cell = WIDTH / columns * height / width
-    figure, axes = _subplots(lines + 1, columns, layout="compressed", figsize=(WIDTH, lines * cell + 0.9),
+    whole = min(WIDTH, 3 * columns)  # few pictures need not be huge
+    cell = whole / columns * height / width
+    figure, axes = _subplots(lines + 1, columns, layout="compressed", figsize=(whole, lines * cell + 0.9),
                              height_ratios=[1] * lines + [0.06])
     for axis in axes[-1]:
         axis.set_visible(False)

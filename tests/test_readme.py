@@ -62,7 +62,7 @@ def test_named_files_and_parameters_exist(repository):
     for name in re.findall(r"(?:data_scripts|nbs)/[\w/]+\.(?:py|ipynb)", text):
         assert (repository / name).exists(), name
     commands = re.findall(r"^papermill (.*)$", text, re.MULTILINE)
-    assert len(commands) >= 3
+    assert len(commands) >= 6
     for command in commands:
         known = papermill.inspect_notebook(repository / shlex.split(command)[0])
         assert set(re.findall(r"-p (\w+)", command)) <= set(known), command
