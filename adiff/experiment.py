@@ -94,9 +94,10 @@ def fit(method, data_root, out_dir, preset="cpu", categories="all", seed=0, devi
     frame = make_frame(config, dataset)
     detector = METHODS[method].build(config, dataset.categories, frame).to(device)
     if config.latent_scale == "measured":
-        batches = Frames(dataset, dataset.select("train"), frame).batches()
+        normals = Frames(dataset, dataset.select("train"), frame)
+        batches = progress(normals.batches(16), desc="measuring latents", total=-(-len(normals) // 16))
         with torch.no_grad():
-            detector.codec.fit_scale(detector.resize(frames.to(device)) for _, frames in progress(batches, desc="measuring latents"))
+            detector.codec.fit_scale(detector.resize(frames.to(device)) for _, frames in batches)
 
     write_json(out_dir / "config.json", {**record, "frame": frame.config(), "versions": versions(), "device": describe_device(device),
                           "threads": torch.get_num_threads()})
