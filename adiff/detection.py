@@ -27,18 +27,16 @@ def colour_range(anomaly_map, threshold, limit):
     return vmin, max(vmax, vmin + 1e-6)
 
 
-def draw_image(path, file, detector, frames, maps, threshold):
-    "Writes the overlay of one image to `path`, at the image's own size."
-    image = read_image(file)
+def draw_image(path, image, detector, starts, frames, maps, threshold):
+    "Writes the overlay of one PIL `image` to `path`, at the image's own size."
     placed = detector.frame.place(maps[0], image.size)
     vmin, vmax = colour_range(maps[0], threshold, detector.discrepancy.limit)
     Image.fromarray(figures.overlay(np.asarray(image), placed, threshold, vmin, vmax)).save(path)
 
 
-def draw_sound(path, file, detector, frames, maps, threshold):
+def draw_sound(path, file, detector, starts, frames, maps, threshold):
     "Writes spectrogram, map and curve over time of one sound to `path`; where windows overlap the larger value stands."
     frame = detector.frame
-    starts = frame.windows(file)
     columns = [round(start * frame.size / frame.seconds) for start in starts]
     spectrogram = np.zeros((frame.size, columns[-1] + frame.size, 3), np.uint8)
     joined = np.full(spectrogram.shape[:2], -np.inf, np.float32)
@@ -76,12 +74,12 @@ def detect_files(model, paths, out_dir, category=None, batch_size=16, device="au
     rows, windows, pending, out_dir = [], [], [], Path(out_dir)
 
     def flush():
-        batch = torch.cat([frames for _, _, frames in pending])
+        batch = torch.cat([frames for *_, frames in pending])
         maps = torch.cat([detector.detect_frames(part, label.expand(len(part)))[0]["anomaly"].float().cpu()
                           for part in batch.split(batch_size)])
         name = detector.config.categories[int(label)]
-        counts = [len(frames) for _, _, frames in pending]
-        for (file, row, frames), own in zip(pending, maps.split(counts)):
+        counts = [len(frames) for *_, frames in pending]
+        for (source, row, starts, frames), own in zip(pending, maps.split(counts)):
             scores = map_scores(own, detector.config.top_share).numpy()
             calibrated = detector.calibrated(scores.max(keepdims=True), [name])
             row["score"] = float(scores.max())
@@ -89,10 +87,10 @@ def detect_files(model, paths, out_dir, category=None, batch_size=16, device="au
                 row.update(normalized_score=float(calibrated["normalized_scores"][0]), anomalous=bool(calibrated["is_anomalous"][0]),
                            threshold=detector.config.calibration[name]["threshold"])
             if frame.kind == "sound":
-                windows.extend({"path": str(file), "start": start, "end": start + frame.seconds, "score": float(score)}
-                               for start, score in zip(frame.windows(file), scores))
+                windows.extend({"path": row["path"], "start": start, "end": start + frame.seconds, "score": float(score)}
+                               for start, score in zip(starts, scores))
             with atomic_path(out_dir / row["overlay"]) as path:
-                _draw[frame.kind](path, file, detector, frames, own, row["threshold"])
+                _draw[frame.kind](path, source, detector, starts, frames, own, row["threshold"])
         pending.clear()
 
     for file in progress(files, desc="detecting", unit=frame.kind):
@@ -100,14 +98,16 @@ def detect_files(model, paths, out_dir, category=None, batch_size=16, device="au
                "overlay": "", "error": ""}
         rows.append(row)
         try:
-            frames = torch.stack([frame.load(file, window) for window in frame.windows(file)])
+            source = read_image(file) if frame.kind == "image" else file  # an image is read once, a long sound in parts
+            starts = frame.windows(source)
+            frames = torch.stack([frame.load(source, start) for start in starts])
         except InputError as error:
             row["error"] = str(error)
             continue
         inside = file.absolute().relative_to(root)
         row["overlay"] = (Path("overlays") / inside.with_name(f"{inside.name}_overlay.png")).as_posix()
-        pending.append((file, row, frames))
-        if sum(len(frames) for _, _, frames in pending) >= batch_size:
+        pending.append((source, row, starts, frames))
+        if sum(len(frames) for *_, frames in pending) >= batch_size:
             flush()
     if pending:
         flush()

@@ -90,7 +90,7 @@ class SemanticDiscrepancy(Discrepancy):
         """
         count, total, squares = 0, 0, 0
         for batch in maps:
-            terms = torch.stack([torch.as_tensor(batch[name]) for name in ("reconstruction", "semantic") if name in batch]).double()
+            terms = torch.stack([torch.as_tensor(batch[name]).cpu() for name in ("reconstruction", "semantic") if name in batch]).double()
             count += terms.shape[1]
             total = total + F.adaptive_avg_pool2d(terms.sum(1), self.config.grid)
             squares = squares + F.adaptive_avg_pool2d(terms.square().sum(1), self.config.grid)
