@@ -80,7 +80,9 @@ def read_matrix(path):
     try:
         values = YAML(typ="safe", pure=True).load(Path(path).read_text(encoding="utf-8"))
     except (YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())[:200]})") from None
+        mark = getattr(error, "problem_mark", None)
+        line = f"line {mark.line + 1}: " if mark else ""
+        raise InputError(f"{path}: not valid YAML: {line}{getattr(error, 'problem', None) or error}") from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: a matrix is a mapping with the key 'groups'; see nbs/60_matrix.ipynb")
     try:

@@ -5,8 +5,8 @@ repeated."""
 
 # %% auto #0
 __all__ = ['TrainingConfig', 'DetectorConfig', 'checked', 'make_frame', 'make_codec', 'learning_rate_factor', 'augment',
-           'TrainingLatents', 'batch_indices', 'denoising_losses', 'validation_loss', 'save_checkpoint',
-           'load_checkpoint', 'train', 'write_log', 'train_network', 'normal_maps', 'normal_scores']
+           'TrainingLatents', 'batch_indices', 'denoising_losses', 'own_part', 'validation_loss', 'own_generators',
+           'save_checkpoint', 'load_checkpoint', 'train', 'write_log', 'train_network', 'normal_maps', 'normal_scores']
 
 # %% ../nbs/51_training.ipynb #7e38fc97
 import json
@@ -174,12 +174,22 @@ def denoising_losses(network, drawn, labels):
         return losses, error.mean()
     return losses * drawn.weights, (losses * drawn.weights).mean()
 
+# %% ../nbs/51_training.ipynb #9c194fa0
+def own_part(drawn, labels, rank, world):
+    """What process number `rank` of `world` processes computes of a drawn batch: (`ForwardSample`, labels, factor of its loss).
+
+    The mean over all processes of factor times mean loss is the mean loss of the batch; alike for gradients.
+    """
+    count = len(range(rank, len(labels), world))
+    own = slice(rank, None, world) if count else slice(1)
+    return type(drawn)(**{name: value[own] for name, value in drawn.items()}), labels[own], world * count / len(labels)
+
 # %% ../nbs/51_training.ipynb #5030088e
 @torch.no_grad()
 def validation_loss(detector, latents, seed, draws=64):
     "Mean loss over at least `draws` fixed corruptions of held-out `latents`; leaves torch's generators as they were."
     network = detector.network.eval()
-    with torch.random.fork_rng():
+    with own_generators(detector.device):
         set_seed(derive_seed(seed, "validation"))
         indices = torch.arange(len(latents)).repeat(math.ceil(draws / len(latents)))
         losses = []
@@ -187,6 +197,11 @@ def validation_loss(detector, latents, seed, draws=64):
             z0, labels = latents(chunk)
             losses.append(denoising_losses(network, detector.forward_process.sample(z0), labels)[0])
     return torch.cat(losses).mean().item()
+
+
+def own_generators(device):
+    "A context after which torch's generators, on the CPU and on `device`, are as they were; other GPUs are not touched."
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 # %% ../nbs/51_training.ipynb #54056c5d
 def save_checkpoint(folder, step, **state):
@@ -213,10 +228,11 @@ def train(detector, dataset, config, out_dir=None, resume=False, device=None):
     First its network, if it has one: the log then has per update step, loss, lr, seconds and, where measured,
     validation_loss; with `out_dir`, log.jsonl and checkpoints/ are written there, and `resume` goes on from the newest
     checkpoint. Then whatever its discrepancy learns from normals. Held-out normals last set the normalisation of the maps and
-    calibrate the scores. Raises `InputError` if there is nothing to train on, if the checkpoint belongs to other settings,
-    or if the loss stops being finite (the last checkpoint stays).
+    calibrate the scores. Started by torchrun, every process computes its part of each batch, and the first one writes. Raises
+    `InputError` if there is nothing to train on, if the checkpoint belongs to other settings, or if the loss stops being finite
+    (the last checkpoint stays).
     """
-    AcceleratorState._reset_state()  # a second training in one process may use another precision
+    AcceleratorState._reset_state(reset_partial_state=True)  # a second training in one process may differ in precision and device
     accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=device is not None and torch.device(device).type == "cpu",
                               gradient_accumulation_steps=config.gradient_accumulation_steps)
     detector.to(accelerator.device)
@@ -235,8 +251,9 @@ def train(detector, dataset, config, out_dir=None, resume=False, device=None):
         detector.calibrate(normal_scores(detector, dataset, held_out), held_out.category)
     if not log:
         log = [{"step": 0, "seconds": round(time.monotonic() - began, 3)}]
-        if out_dir is not None:
+        if out_dir is not None and accelerator.is_main_process:
             write_log(out_dir, log)
+    accelerator.wait_for_everyone()  # what the first process writes is there for all
     return log
 
 
@@ -269,7 +286,7 @@ def train_network(accelerator, detector, dataset, config, out_dir, resume):
     network, optimizer = accelerator.prepare(detector.network, optimizer)
 
     per_epoch = math.ceil(len(latents) / config.batch_size)
-    accumulation = config.gradient_accumulation_steps
+    accumulation, rank, world = config.gradient_accumulation_steps, accelerator.process_index, accelerator.num_processes
     updates = config.length if config.unit == "steps" else max(1, config.length * per_epoch // accumulation)
     began = time.monotonic() - (log[-1]["seconds"] if log else 0)
 
@@ -285,13 +302,13 @@ def train_network(accelerator, detector, dataset, config, out_dir, resume):
             ema.restore(parameters)
 
     def save(step):
-        if out_dir is not None:
+        if out_dir is not None and accelerator.is_main_process:
             save_checkpoint(checkpoints, step, settings=settings, log=log, network=detector.network.state_dict(),
                             optimizer=optimizer.state_dict(), ema=ema.state_dict() if ema else None)
             write_log(out_dir, log)
 
     bar = progress(total=updates, initial=start, desc="training", unit="step")
-    with torch.random.fork_rng():
+    with own_generators(accelerator.device):
         for step in range(start, updates):
             network.train()
             done = step if config.unit == "steps" else step * accumulation // per_epoch
@@ -302,15 +319,17 @@ def train_network(accelerator, detector, dataset, config, out_dir, resume):
             for batch in range(step * accumulation, (step + 1) * accumulation):
                 set_seed(derive_seed(config.seed, "batch", batch))
                 z0, labels = latents(batch_indices(batch, len(latents), config.batch_size, config.seed))
-                drawn = detector.forward_process.sample(z0)
+                drawn, labels, factor = own_part(detector.forward_process.sample(z0), labels, rank, world)
+                if world > 1:
+                    set_seed(derive_seed(config.seed, "batch", batch, "process", rank))
                 with accelerator.accumulate(network):
-                    _, loss = denoising_losses(network, drawn, labels)
+                    loss = factor * denoising_losses(network, drawn, labels)[1]
                     accelerator.backward(loss)
                     if accelerator.sync_gradients and config.gradient_clip:
                         accelerator.clip_grad_norm_(parameters, config.gradient_clip)
                     optimizer.step()
                     optimizer.zero_grad()
-                total += loss.item() / accumulation
+                total += accelerator.reduce(loss.detach(), "mean").item() / accumulation
             if not math.isfinite(total):
                 raise InputError(f"training: the loss is {total} at step {step + 1}; try a lower learning_rate or gradient_clip 1.0"
                                  " (the last checkpoint is kept)")
