@@ -219,3 +219,73 @@ def test_memory_is_linear_and_small():
     finally:
         tracemalloc.stop()
     assert peak < 16 * maps.size + 2**20  # 9 bytes per normal pixel and at most 160 per anomalous one
+
+
+def synthetic(seed, number=12, side=48):
+    "Masks and maps of images of which every third is normal; smooth noise, so that hits and false alarms overlap."
+    rng = np.random.default_rng(seed)
+    masks = gaussian_filter(rng.normal(size=(number, side, side)), (0, 3, 3)) > 0.17
+    masks[::3] = False
+    return masks, (gaussian_filter(rng.normal(size=masks.shape), (0, 1, 1)) + 0.3 * masks).astype(np.float32)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_counted_metrics_are_near_the_exact_ones_for_any_resample(seed):
+    masks, maps = synthetic(seed)
+    counts = metrics.pixel_counts(masks, maps)
+    exact = metrics.pixel_metrics(masks, maps)
+    assert [metrics.counted_metrics(counts)[name] for name in PIXEL_NAMES] == pytest.approx([exact[name] for name in PIXEL_NAMES], abs=1e-3)
+    assert counts.normal.shape[1] <= 1000 and counts.normal.sum() + counts.anomalous.sum() == masks.size
+    weights = metrics.bootstrap_weights(masks.any((1, 2)), 5, seed)
+    found = metrics.counted_metrics(counts, weights)
+    for row, weight in enumerate(weights):
+        drawn = np.repeat(np.arange(len(masks)), weight)
+        exact = metrics.pixel_metrics(masks[drawn], maps[drawn])
+        assert [found[name][row] for name in PIXEL_NAMES] == pytest.approx([exact[name] for name in PIXEL_NAMES], abs=1.5e-3)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_counts_of_few_distinct_values_lose_nothing(seed):
+    rng = np.random.default_rng(seed)
+    masks = rng.random((3, 9, 11)) < 0.2
+    maps = np.round(rng.random(masks.shape) + 0.5 * masks, seed % 3)
+    maps = (100 * maps).astype(int) if seed % 2 else maps
+    counts, exact = metrics.pixel_counts(masks, maps), metrics.pixel_metrics(masks, maps)
+    assert [metrics.counted_metrics(counts)[name] for name in PIXEL_NAMES] == pytest.approx([exact[name] for name in PIXEL_NAMES], abs=1e-6)
+    assert metrics.area_up_to(*metrics.counted_pro_curve(counts), 0.3) == pytest.approx(exact["aupro"], abs=1e-6)
+
+
+def test_counts_of_the_official_map(shared):
+    from safetensors.torch import load_file
+
+    golden = load_file(shared / "golden" / "official_deco" / "golden.safetensors")
+    mask, found = golden["aupro_mask"].reshape(1, 256, 256), golden["map_out_anomaly_geometric"].reshape(1, 256, 256)
+    exact, counted = metrics.pixel_metrics(mask, found), metrics.counted_metrics(metrics.pixel_counts(mask, found))
+    assert [counted[name] for name in PIXEL_NAMES] == pytest.approx([exact[name] for name in PIXEL_NAMES], abs=1e-3)
+
+
+def test_a_resample_without_a_kind_is_undefined_and_counts_need_both():
+    masks, maps = synthetic(0)
+    counts = metrics.pixel_counts(masks, maps)
+    weights = np.stack([np.arange(12) % 3 == 0, np.ones(12)])  # normal images only
+    for name, values in metrics.counted_metrics(counts, weights).items():
+        assert np.isnan(values[0]) and values[1] == pytest.approx(metrics.counted_metrics(counts)[name]), name
+    found = metrics.weighted_image_metrics([0, 1, 1], [0.1, 0.2, 0.05], [[0, 1, 1], [2, 1, 0]])
+    assert all(np.isnan(values[0]) and values[1] == 1 for values in found.values())
+    with pytest.raises(InputError, match="no anomalous pixel"):
+        metrics.pixel_counts(masks[:1], maps[:1])
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_weights_are_repetitions_of_images(seed):
+    rng = np.random.default_rng(seed)
+    labels = np.append(rng.integers(0, 2, 20), [0, 1])
+    scores = np.round(rng.random(22) + 0.3 * labels, 1)
+    weights = metrics.bootstrap_weights(labels, 4, seed)
+    assert (weights @ labels == labels.sum()).all() and (weights.sum(1) == 22).all()
+    assert (weights == metrics.bootstrap_weights(labels, 4, seed)).all()
+    found = metrics.weighted_image_metrics(labels, scores, weights)
+    for row, weight in enumerate(weights):
+        drawn = np.repeat(np.arange(22), weight)
+        exact = metrics.image_metrics(labels[drawn], scores[drawn])
+        assert [found[name][row] for name in IMAGE_NAMES] == pytest.approx([exact[name] for name in IMAGE_NAMES], abs=1e-12)
