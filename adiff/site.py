@@ -44,7 +44,7 @@ def _outcome(run):
         return {**outcome, "state": "finished", "seconds": read_json(run / "done.json")["seconds"], "metrics": metrics}
     if (run / "failed.json").exists():
         failed = read_json(run / "failed.json")
-        return {**outcome, "state": "failed", "seconds": failed["seconds"], "error": failed["error"]}
+        return {**outcome, "state": "failed", "seconds": failed.get("seconds"), "error": failed["error"]}
     return {**outcome, "state": "unfinished"} if (run / "log.txt").exists() else outcome
 
 # %% ../nbs/64_site.ipynb #a55febcf
@@ -62,8 +62,6 @@ def turn_links(soup, home, page, pages=None):
     for tag in soup.find_all(["script", "link", "iframe", "object", "embed", "base"]):
         if _remote(tag.get("src") or tag.get("href") or tag.get("data") or "") or tag.name == "base":
             tag.decompose()
-    for style in soup.find_all("style"):
-        style.string = re.sub(r"@import[^;]*;|url\(\s*['\"]?\s*(https?:)?//[^)]*\)", "", style.string or "")
     for tag in soup.find_all(src=True):
         if _remote(tag["src"]):
             tag.replace_with(soup.new_tag("a", href=tag["src"], string=tag.get("alt") or tag["src"]))
@@ -122,34 +120,55 @@ def _exporter():
             "text/html", "image/svg+xml", "image/png", "image/jpeg", "text/markdown", "text/latex", "text/plain"]
     return _exporter.made
 
-# %% ../nbs/64_site.ipynb #348a85ab
+# %% ../nbs/64_site.ipynb #e36d75cd
 _style = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 0 auto 4rem; padding: 0 1rem; color: #222; }
-h1 { font-size: 1.5rem; margin: 1.2rem 0 .4rem; overflow-wrap: anywhere; } h2 { font-size: 1.2rem; margin-top: 2.4rem; } h3 { font-size: 1.02rem; }
-a { color: #0b57a4; } nav { display: flex; flex-wrap: wrap; gap: .3rem 1.4rem; padding: .7rem 0; border-bottom: 1px solid #ccc; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 0 auto 4rem; padding: 0 1rem; color: #222; }
+h1 { font-size: 1.5rem; margin: 1.2rem 0 .4rem; overflow-wrap: anywhere; } h2 { font-size: 1.2rem; margin-top: 2.4rem; }
+h3 { font-size: 1.02rem; }
+a { color: #0b57a4; }
+nav { display: flex; flex-wrap: wrap; gap: .3rem 1.4rem; padding: .7rem 0; border-bottom: 1px solid #ccc; }
 nav.top { position: sticky; top: 0; background: #fff; z-index: 1; } nav .gone { color: #888; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; } .wide, .output_html { overflow-x: auto; }
-th, td { padding: .3rem .7rem; text-align: right; vertical-align: top; white-space: nowrap; } tbody th, td.text, th.text { text-align: left; }
-thead th { border-bottom: 2px solid #444; } tbody tr:nth-child(even) { background: #f4f4f4; }
-.runs td.run { white-space: normal; min-width: 9rem; overflow-wrap: anywhere; } .runs td.run small { display: block; color: #a02000; max-width: 28rem; }
+th, td { padding: .3rem .7rem; text-align: right; vertical-align: top; white-space: nowrap; }
+tbody th, td.text, th.text { text-align: left; }
+thead tr:last-child th { border-bottom: 2px solid #444; } tbody tr:nth-child(even) { background: #f4f4f4; }
+p, ul, dl { max-width: 62rem; } section.table ul { color: #555; font-size: .92rem; } .runs { font-size: .92rem; }
+.runs th, .runs td { padding: .3rem .5rem; }
+.runs td.run { white-space: normal; min-width: 9rem; overflow-wrap: anywhere; }
+.runs td.run small { display: block; color: #a02000; max-width: 28rem; }
 .runs button { font: inherit; font-weight: bold; background: none; border: 0; padding: 0; cursor: pointer; color: inherit; }
-.runs button::after { content: " \\2195"; color: #999; } [aria-sort=ascending] button::after { content: " \\2191"; color: #222; }
+.runs button::after { content: " \\2195"; color: #999; }
+[aria-sort=ascending] button::after { content: " \\2191"; color: #222; }
 [aria-sort=descending] button::after { content: " \\2193"; color: #222; }
-.filter { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; margin: .8rem 0; } .filter input, .filter select { font: inherit; padding: .2rem .5rem; }
-.state { white-space: nowrap; } .state::before { margin-right: .35em; } .finished::before { content: "\\2713"; color: #1b6e3c; }
-.failed::before { content: "\\2717"; color: #a02000; } .unfinished::before { content: "\\25d4"; color: #946200; } .not-run::before { content: "\\2013"; color: #777; }
+.filter { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; margin: .8rem 0; }
+.filter input, .filter select { font: inherit; padding: .2rem .5rem; }
+.state { white-space: nowrap; } .state::before { margin-right: .35em; }
+.finished::before { content: "\\2713"; color: #1b6e3c; }
+.failed::before { content: "\\2717"; color: #a02000; } .unfinished::before { content: "\\25d4"; color: #946200; }
+.not-run::before { content: "\\2013"; color: #777; }
 .error { border-left: 4px solid #a02000; background: #fbf1ee; padding: .6rem .9rem; overflow-wrap: anywhere; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.2rem; } dt { color: #555; } dd { margin: 0; overflow-wrap: anywhere; }
-figure { margin: 1.4rem 0; } img, svg, video { max-width: 100%; height: auto; } figcaption, .notes, footer { color: #555; font-size: .92rem; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.2rem; } dt { color: #555; }
+dd { margin: 0; overflow-wrap: anywhere; }
+figure { margin: 1.4rem 0; } img, svg, video { max-width: 100%; height: auto; }
+figcaption, .notes, footer { color: #555; font-size: .92rem; }
 pre { background: #f5f5f5; padding: .7rem .9rem; overflow-x: auto; font-size: .85rem; line-height: 1.4; margin: .5rem 0; }
 details { margin: .5rem 0; } summary { color: #555; cursor: pointer; font-size: .92rem; }
-.notebook { border-top: 2px solid #444; margin-top: 2.4rem; } .notebook .cell { margin: .9rem 0; } .notebook h1 { font-size: 1.35rem; }
-.notebook .input pre { border-left: 3px solid #b9c7d8; } .notebook .output pre { background: none; padding: .2rem .9rem; margin: .2rem 0; }
-.notebook blockquote { margin: .5rem 0; padding-left: .9rem; border-left: 3px solid #ccc; color: #555; } .notebook table { font-size: .9rem; border: 0; }
-.ansi-red-fg, .ansi-red-intense-fg { color: #a02000; } .ansi-green-fg, .ansi-green-intense-fg { color: #1b6e3c; } .ansi-blue-fg, .ansi-blue-intense-fg { color: #0b57a4; }
-.ansi-cyan-fg, .ansi-cyan-intense-fg { color: #00677f; } .ansi-yellow-fg, .ansi-yellow-intense-fg { color: #7a5200; } .ansi-bold { font-weight: bold; }
-.highlight .k, .highlight .kn, .highlight .kc, .highlight .ow { color: #7a1fa2; } .highlight .s1, .highlight .s2, .highlight .sa, .highlight .si, .highlight .sd { color: #1b6e3c; }
-.highlight .c1 { color: #666; font-style: italic; } .highlight .mi, .highlight .mf { color: #a04000; } .highlight .nb, .highlight .nn { color: #0b57a4; }
+.notebook { border-top: 2px solid #444; margin-top: 2.4rem; } .notebook .cell { margin: .9rem 0; }
+.notebook h1 { font-size: 1.35rem; }
+.notebook .input pre { border-left: 3px solid #b9c7d8; }
+.notebook .output pre { background: none; padding: .2rem .9rem; margin: .2rem 0; }
+.notebook blockquote { margin: .5rem 0; padding-left: .9rem; border-left: 3px solid #ccc; color: #555; }
+.notebook table { font-size: .9rem; } .notebook table, .notebook th, .notebook td { border: 0; }
+.notebook thead tr:last-child th { border-bottom: 2px solid #444; }
+[class*=papermill-error] span[style] { font: inherit !important; color: #a02000 !important; }
+.ansi-red-fg, .ansi-red-intense-fg { color: #a02000; } .ansi-green-fg, .ansi-green-intense-fg { color: #1b6e3c; }
+.ansi-blue-fg, .ansi-blue-intense-fg { color: #0b57a4; }
+.ansi-cyan-fg, .ansi-cyan-intense-fg { color: #00677f; } .ansi-yellow-fg, .ansi-yellow-intense-fg { color: #7a5200; }
+.ansi-bold { font-weight: bold; }
+.highlight .k, .highlight .kn, .highlight .kc, .highlight .ow { color: #7a1fa2; }
+.highlight .s1, .highlight .s2, .highlight .sa, .highlight .si, .highlight .sd { color: #1b6e3c; }
+.highlight .c1 { color: #666; font-style: italic; } .highlight .mi, .highlight .mf { color: #a04000; }
+.highlight .nb, .highlight .nn { color: #0b57a4; }
 """
 
 # %% ../nbs/64_site.ipynb #4d5c9ef9
@@ -183,14 +202,18 @@ filter();
 _templates = {
     "page": """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="generator" content="adiff.site"><title>{{ title }}</title><style>{{ style }}</style></head><body>
+<meta http-equiv="Content-Security-Policy" content="default-src 'self' file: data: blob: 'unsafe-inline'"><meta name="generator" content="adiff.site">
+<title>{{ title }}</title><style>{{ style }}</style></head><body>
 {% block body %}{% endblock %}
 </body></html>
 """,
     "index": """{% extends "page" %}{% block body %}
 <h1>{{ title }}</h1><p>{{ description }}</p><pre>{{ command }}</pre>
-<p>{% for state, count in counts.items() %}<span class="state {{ state|replace(" ", "-") }}">{{ count }} {{ state }}</span>{{ ", " if not loop.last }}{% endfor %}
-of {{ runs|length }} run{{ "s" if runs|length != 1 }}; {{ duration }} of computing.</p>
+<p>{{ runs|length }} run{{ "s" if runs|length != 1 }}:
+{% for state, count in counts.items() %}
+<span class="state {{ state|replace(" ", "-") }}">{{ count }} {{ state }}</span>{{ "; " if loop.last else ", " }}
+{% endfor %}
+{{ duration }} of computing.</p>
 <nav>{% if tables %}<a href="#tables">Tables</a>{% endif %}{% if figures %}<a href="#figures">Figures</a>{% endif %}<a href="#runs">Runs</a></nav>
 {% if tables %}<h2 id="tables">Tables</h2><p class="notes">A number leads to the run behind it.
 {%- if data %} All of them as data:{% for name, link in data %} <a href="{{ link }}">{{ name }}</a>{% endfor %}.{% endif %}</p>
@@ -209,7 +232,7 @@ of {{ runs|length }} run{{ "s" if runs|length != 1 }}; {{ duration }} of computi
 {% for heading in metrics + ["time"] %}<th scope="col"><button>{{ heading }}</button></th>{% endfor %}</tr></thead><tbody>
 {% for run in runs %}<tr data-state="{{ run.state }}">
 <td class="text run">{% if run.link %}<a href="{{ run.link }}">{{ run.label }}</a>{% else %}{{ run.label }}{% endif %}
-{%- if run.error %}<small>{{ run.error|truncate(160) }}</small>{% endif %}</td>
+{%- if run.error %}<small>{{ run.error|truncate(110) }}</small>{% endif %}</td>
 <td class="text"><span class="state {{ run.state|replace(" ", "-") }}">{{ run.state }}</span></td>
 {% for value in run["values"] %}<td class="text">{{ value }}</td>{% endfor %}
 {% for value in run.numbers %}<td data-value="{{ value if value is not none }}">{{ "%.1f"|format(100 * value) if value is not none }}</td>{% endfor %}
@@ -223,7 +246,9 @@ of {{ runs|length }} run{{ "s" if runs|length != 1 }}; {{ duration }} of computi
 <p><span class="state {{ run.state|replace(" ", "-") }}">{{ run.state }}</span>{% if run.duration %} after {{ run.duration }}{% endif %}</p>
 {% if run.error %}<p class="error">{{ run.error }}</p>{% endif %}
 <dl>{% for name, value in facts.items() %}<dt>{{ name }}</dt><dd>{{ value }}</dd>{% endfor %}
-{% for name, links in files.items() %}<dt>{{ name }}</dt><dd>{% for text, link in links.items() %}<a href="{{ link }}">{{ text }}</a>{{ " · " if not loop.last }}{% endfor %}</dd>{% endfor %}</dl>
+{% for name, links in files.items() %}<dt>{{ name }}</dt><dd>
+{% for text, link in links.items() %}<a href="{{ link }}">{{ text }}</a>{{ " · " if not loop.last }}{% endfor %}</dd>
+{% endfor %}</dl>
 {% if log %}<h2>End of the log</h2><pre>{{ log }}</pre>{% endif %}
 {% if table %}<h2>Metrics (percent)</h2><div class="wide">{{ table }}</div>
 <ul class="notes">{% for note in run.metrics.notes %}<li>{{ note }}</li>{% endfor %}</ul>{% endif %}
@@ -264,15 +289,12 @@ def log_tail(path, lines=40):
 def _run_page(run, path, beside, index):
     "Writes the page of one run. beside: {text: path of another run's page or None}."
     folder, notebook = run["folder"], run["folder"] / "notebook.ipynb"
-    leaves = [leaf for leaf in (folder, *sorted(folder.iterdir())) if (leaf / "config.json").exists() or (leaf / "report.html").exists()]
-    names = {"": ["notebook.ipynb", "log.txt", "metrics.json"]} | {"" if leaf == folder else leaf.name: [] for leaf in leaves}
-    files = {}
-    for leaf, own in names.items():
-        present = [name for name in ["report.html", "config.json", *own, "scores.csv"] if (folder / leaf / name).exists()]
-        if present:
-            files[f"files of {leaf}" if leaf else "files"] = {name: relative_link(folder / leaf / name, path) for name in present}
+    names = ("report.html", "config.json", "metrics.json", "scores.csv", "notebook.ipynb", "log.txt")
+    files = {leaf: {name: relative_link(leaf / name, path) for name in names if (leaf / name).exists()}
+             for leaf in (folder, *sorted(folder.iterdir())) if leaf == folder or (leaf / "config.json").exists()}
     record = read_json(folder / "run.json") if (folder / "run.json").exists() else {}
-    _write(path, "run", title=run["label"], run={**run, "duration": duration(run["seconds"])}, index=relative_link(index, path), files=files,
+    _write(path, "run", title=run["label"], run={**run, "duration": duration(run["seconds"])}, index=relative_link(index, path),
+           files={"files" if leaf == folder else f"files of {leaf.name}": links for leaf, links in files.items() if links},
            beside={text: page and relative_link(page, path) for text, page in beside.items()}, facts={"group": run["group"], **run["axes"]},
            log=log_tail(folder / "log.txt") if run["state"] in ("failed", "unfinished") and (folder / "log.txt").exists() else "",
            table=Markup(metrics_table(run["metrics"]).to_html(border=0)) if run["metrics"] else "",
@@ -287,9 +309,8 @@ def write_site(folder, out=None):
     must be moved together. Notebooks that have not changed are not rendered again; pages of runs that left the matrix are removed.
     Raises `InputError` if there is no matrix.json or `out` cannot be written to.
     """
-    folder = Path(os.path.abspath(folder))
-    matrix, runs, out = read_json(folder / "matrix.json") if (folder / "matrix.json").exists() else None, read_runs(folder), Path(out or folder / "site")
-    out, index = Path(os.path.abspath(out)), Path(os.path.abspath(out)) / "index.html"
+    folder, out = Path(os.path.abspath(folder)), Path(os.path.abspath(out or Path(folder) / "site"))
+    runs, matrix, index = read_runs(folder), read_json(folder / "matrix.json"), out / "index.html"
     shown = [run for run in runs if run["state"] != "not run"]
     pages = {run["folder"]: out / "runs" / f"{run['name']}.html" for run in shown}
     order = [None, *pages.values(), None]
@@ -299,10 +320,12 @@ def write_site(folder, out=None):
         if old not in order and 'content="adiff.site"' in old.read_text(encoding="utf-8")[:1000]:
             old.unlink()
     if (folder / "figures.ipynb").exists():
-        _write(out / "figures.html", "notebook", title=f"{matrix['matrix']}: figures", notebook=notebook_html(folder / "figures.ipynb", out / "figures.html"))
+        _write(out / "figures.html", "notebook", title=f"{matrix['matrix']}: figures",
+               notebook=notebook_html(folder / "figures.ipynb", out / "figures.html"))
+    data = [folder / "tables" / name for name in ("results.csv", "results.parquet")]
     _write(index, "index", title=matrix["matrix"], description=matrix["description"], command=matrix["command"],
            duration=duration(sum(run["seconds"] or 0 for run in runs)), tables=_tables(folder, index, pages), figures=_figures(folder, index),
-           data=[(name, relative_link(folder / "tables" / name, index)) for name in ("results.csv", "results.parquet") if (folder / "tables" / name).exists()],
+           data=[(path.name, relative_link(path, index)) for path in data if path.exists()],
            figures_page="figures.html" if (folder / "figures.ipynb").exists() else "", **_list(runs, index, pages))
     return index
 
