@@ -31,6 +31,7 @@ class DeCoDiffConfig(DetectorConfig):
     max_mask_ratio: float = Field(0.7, gt=0, le=1)
     max_shuffle_ratio: float = Field(0.3, ge=0, le=1)
     num_inference_steps: Literal[10, 5, 4, 3, 2] = 5
+    starting_step: int | None = Field(None, ge=0, le=9, description="timesteps above it are not visited; null: all")
     discrepancy_levels: list[Literal["pixel", "latent", "feature"]] = ["pixel", "latent"]
     combination: Literal["geometric", "arithmetic"] = "geometric"
     pixel_cap: float = Field(0.4, gt=0)
@@ -75,7 +76,7 @@ def build_deco_diff(config, categories, frame):
             patch_sizes=sizes, patch_probabilities=probabilities, max_mask_ratio=config.max_mask_ratio,
             max_shuffle_ratio=config.max_shuffle_ratio, patch_size_per=config.patch_size_per),
         network=ClassTokenUNet.of_size(config.unet, in_channels=channels, num_classes=len(categories), dropout=config.dropout),
-        correction=DeviationCorrection(num_inference_steps=config.num_inference_steps),
+        correction=DeviationCorrection(num_inference_steps=config.num_inference_steps, starting_step=config.starting_step),
         discrepancy=DeviationDiscrepancy.pretrained(
             levels=tuple(config.discrepancy_levels), combination=config.combination, pixel_cap=config.pixel_cap,
             latent_cap=config.latent_cap, pixel_sigma=config.pixel_sigma * image_size / 256,

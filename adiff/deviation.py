@@ -147,11 +147,12 @@ class CorrectionOutput(BaseOutput):
 class DeviationCorrection(SchedulerMixin, ConfigMixin):
     """DeCo-Diff's correction: deterministic steps from the sample itself towards normal, without adding noise.
 
-    `num_inference_steps` of the `num_train_timesteps` are visited, in an integer stride (official code's behaviour).
+    `num_inference_steps` of the `num_train_timesteps` are visited, in an integer stride (official code's behaviour). Of these, those
+    above `starting_step` are left out, if it is given: a lower start corrects less.
     """
 
     @register_to_config
-    def __init__(self, num_train_timesteps: int = 10, num_inference_steps: int = 5):
+    def __init__(self, num_train_timesteps: int = 10, num_inference_steps: int = 5, starting_step: int | None = None):
         self.alphas_cumprod = cosine_alphas_cumprod(num_train_timesteps)
         self.set_timesteps(num_inference_steps)
 
@@ -162,7 +163,8 @@ class DeviationCorrection(SchedulerMixin, ConfigMixin):
         if num_inference_steps not in strides:
             raise InputError(f"num_inference_steps {num_inference_steps} has no integer stride through {total} timesteps; "
                              f"use one of {', '.join(map(str, sorted(strides)))}")
-        self.timesteps = torch.tensor(list(reversed(strides[num_inference_steps])))
+        start = total if self.config.starting_step is None else self.config.starting_step
+        self.timesteps = torch.tensor([t for t in reversed(strides[num_inference_steps]) if t <= start])
 
     def step(self, model_output, timestep, sample):
         "One step from `timestep` to the next lower visited one, along `model_output` h; all tensors (N, C, h, w)."

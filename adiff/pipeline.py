@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.utils import BaseOutput
 
 from .audio import LogMel
@@ -110,13 +110,24 @@ class AnomalyDetector(DiffusionPipeline):
                 continue
             if library in _part_modules:
                 import_module(library)
-            elif library != "diffusers" and library not in sys.modules:
-                raise InputError(f"{folder / 'model_index.json'}: part {name!r} comes from the module {library!r}, which "
-                                 "is not imported; import it first if you trust it")
+            elif library != "diffusers":
+                cls._check_foreign(folder, name, *index[name])
         try:
             return super().from_pretrained(folder, use_safetensors=True, **options)
         except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
             raise InputError(f"{folder}: not a complete detector ({' '.join(str(error).split())[:200]})") from None
+
+    @staticmethod
+    def _check_foreign(folder, name, library, class_name):
+        "Raises `InputError` unless part `name` is a class of diffusers' kind in the module `library` that the user has imported."
+        module = sys.modules.get(library)
+        part = getattr(module, class_name, None)
+        base = next((base for base in (ModelMixin, SchedulerMixin) if isinstance(part, type) and issubclass(part, base)), None)
+        if base is None:
+            where = "which is not imported" if module is None else f"which has no part {class_name!r}"
+            raise InputError(f"{folder / 'model_index.json'}: part {name!r} comes from the module {library!r}, {where}; "
+                             "import or define it first if you trust it")
+        setattr(module, base.__name__, base)  # diffusers looks there for how to load it, and subclasses need not import it
 
     @classmethod
     def _from_hub(cls, name, **options):
