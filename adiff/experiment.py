@@ -44,8 +44,9 @@ class Method:
 
     `config`: its keys, a subclass of `adiff.training.DetectorConfig`. `build(config, categories, frame)` returns the untrained
     `AnomalyDetector`. `presets`: name -> dict of keys. `sounds`: keys that differ for sounds. `conditional`: whether its network is
-    told the category of a file. `divisible`: whether several processes can train it together, which what is learned outside of the
-    update loop (a memory, a scikit-learn model) cannot. Under a name in `METHODS` it is known by that name: `METHODS["mine"] = Method(...)`.
+    told the category of a file. `divisible`: whether several processes can train it together: not what is learned without updates
+    (a memory, a scikit-learn model), nor what normalises a batch as a whole, nor what only this process knows. Under a name in `METHODS`
+    it is known by that name: `METHODS["mine"] = Method(...)`.
     """
 
     config: type
@@ -53,15 +54,15 @@ class Method:
     presets: dict
     sounds: dict = field(default_factory=dict)
     conditional: bool = False
-    divisible: bool = True
+    divisible: bool = False
 
 
 METHODS = {
-    "deco": Method(DeCoDiffConfig, build_deco_diff, DECO_DIFF_PRESETS, conditional=True),
-    "adiff": Method(ADiffConfig, build_adiff, ADIFF_PRESETS, ADIFF_SOUNDS),
-    "ddpm": Method(ADiffConfig, build_adiff, DDPM_PRESETS, {"top_share": ADIFF_SOUNDS["top_share"]}),
-    "ddpm-simplex": Method(ADiffConfig, build_adiff, SIMPLEX_PRESETS, {"top_share": ADIFF_SOUNDS["top_share"]}),
-    **{name: Method(*parts, divisible=name.endswith("autoencoder")) for name, parts in BASELINES.items()},
+    "deco": Method(DeCoDiffConfig, build_deco_diff, DECO_DIFF_PRESETS, conditional=True, divisible=True),
+    "adiff": Method(ADiffConfig, build_adiff, ADIFF_PRESETS, ADIFF_SOUNDS, divisible=True),
+    "ddpm": Method(ADiffConfig, build_adiff, DDPM_PRESETS, {"top_share": ADIFF_SOUNDS["top_share"]}, divisible=True),
+    "ddpm-simplex": Method(ADiffConfig, build_adiff, SIMPLEX_PRESETS, {"top_share": ADIFF_SOUNDS["top_share"]}, divisible=True),
+    **{name: Method(*parts, divisible=name == "autoencoder") for name, parts in BASELINES.items()},
 }
 
 
@@ -128,7 +129,7 @@ def _fit_here(record, config, dataset, out_dir, device, resume, processes):
     "The part of `fit` that every process carries out, after everything has been checked; the first one writes."
     state = PartialState(cpu=device.type == "cpu")
     if state.num_processes != processes:
-        raise InputError(f"processes: {processes}, but they do not see one another (accelerate counts {state.num_processes}); start with torchrun")
+        raise InputError(f"processes: {processes}, but each sees {state.num_processes}; start them with torchrun")
     state.wait_for_everyone()  # all have looked at what there was before anyone writes
     frame = make_frame(config, dataset)
     detector = METHODS[record["method"]].build(config, dataset.categories, frame).to(device)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAP_COLOURS', 'WIDTH', 'use_style', 'save_figure', 'overlay', 'panel', 'film_strip', 'sound_figure', 'loss_curve',
-           'roc_curves', 'pro_curves', 'metric_bars', 'score_histogram']
+           'roc_curves', 'pro_curves', 'score_histogram']
 
 # %% ../nbs/42_figures.ipynb #0838bc08
 from itertools import cycle
@@ -294,29 +294,6 @@ def _thin(fpr, pro, fpr_limit, number=500):
     wanted = [np.searchsorted(fpr, np.linspace(0, fpr_limit, number), side="right"),
               np.searchsorted(pro, np.linspace(0, pro[-1], number))]
     return np.unique(np.clip(np.concatenate([[0], *wanted]), 0, len(fpr) - 1))
-
-# %% ../nbs/42_figures.ipynb #ebfa98f1
-def metric_bars(rows, metrics):
-    """One panel per metric, one bar per variant: the mean, every seed as a dot (every category, if there is one seed).
-
-    rows: data frame with columns variant, seed, category and the `metrics` in [0, 1], as `adiff.comparison.compare` returns it.
-    """
-    _require(rows, "rows", ["variant", "seed", "category", *metrics])
-    one = "seed" if rows.seed.nunique() > 1 else "category"
-    values = rows.groupby(["variant", one], sort=False)[list(metrics)].mean() * 100
-    means = values.groupby("variant", sort=False).mean()
-    figure, axes = _subplots(1, len(metrics), figsize=(WIDTH, 0.38 * len(means) + 1.0), sharey=True)
-    for axis, metric in zip(axes[0], metrics):
-        axis.barh(range(len(means)), means[metric], color=sns.color_palette()[0], alpha=0.35)
-        for row, name in enumerate(means.index):
-            dots = values.loc[name, metric]
-            axis.plot(dots, row + np.linspace(-0.2, 0.2, len(dots)) if len(dots) > 1 else [row], "o", color=sns.color_palette()[0], markersize=4)
-            axis.text(1.0, row, f" {means.loc[name, metric]:.1f}", va="center", fontsize=8, transform=axis.get_yaxis_transform())
-        axis.set(title=metric.replace("_", " ").replace("auroc", "AUROC").replace(" ap", " AP").replace("pauc", "pAUC"), xlabel=f"percent (dots: {one})")
-        axis.grid(False, axis="y")
-    axes[0, 0].set_yticks(range(len(means)), means.index)
-    axes[0, 0].invert_yaxis()
-    return figure
 
 # %% ../nbs/42_figures.ipynb #3ee5cb5d
 def score_histogram(scores, thresholds=None):
