@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['InputError', 'unknown_name', 'atomic_path', 'atomic_folder', 'ensure_folder', 'write_json', 'read_json', 'locked',
-           'derive_seed', 'set_seed', 'resolve_device', 'versions', 'progress', 'close_progress']
+           'derive_seed', 'set_seed', 'resolve_device', 'versions', 'progress', 'close_progress', 'duration',
+           'log_tail']
 
-# %% ../nbs/00_core.ipynb #921d88da
+# %% ../nbs/00_core.ipynb #ca6af4f8
 import contextlib
 import hashlib
 import importlib.metadata
@@ -14,6 +15,7 @@ import json
 import os
 import platform
 import random
+import re
 import tempfile
 import time
 from pathlib import Path
@@ -184,3 +186,20 @@ def close_progress():
     "Closes bars that an error left open, so that its message stands on a line of its own."
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
+
+# %% ../nbs/00_core.ipynb #e395b226
+def duration(seconds):
+    "Seconds as people say them: 42 s, 3 min 20 s, 2 h 05 min; nothing for None."
+    if seconds is None:
+        return ""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{rest} s" if not minutes else f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def log_tail(path, lines=40):
+    "The last lines of a log as a terminal would show them: of a progress bar its last state, without colours."
+    with open(path, "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - 64_000))
+        text = file.read().decode("utf-8", errors="replace")
+    text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text).replace("\r\n", "\n")
+    return "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in text.rstrip().split("\n")[-lines:])

@@ -56,6 +56,8 @@ def _papermill(notebook, folder, parameters):
     "Runs `notebook`; what comes of it, whole or up to an error, replaces FOLDER/notebook.ipynb, and what it prints goes to log.txt."
     import papermill  # takes a second, which `adiff --help` should not
 
+    for left in folder.glob(".notebook.ipynb.*"):  # by a killed one
+        left.unlink()
     with atomic_path(folder/"notebook.ipynb") as output, open(folder/"log.txt", "a", encoding="utf-8", errors="replace") as log:
         try:
             papermill.execute_notebook(notebook, output, parameters, progress_bar=False, stdout_file=log, stderr_file=log)
@@ -193,7 +195,7 @@ def _explain(folder, code, printed):
     said = next((line for line in reversed(printed.splitlines()) if line.startswith("adiff: ")), "").removeprefix("adiff: ")
     reason = said or (f"ended by signal {-code} ({signal.Signals(-code).name}); out of memory?" if code < 0 else f"ended with exit code {code}")
     try:
-        write_json(folder/"failed.json", {"error": reason})
+        write_json(folder/"failed.json", {"error": reason, "seconds": None})
     except OSError:  # a full disk: the summary will say that there is no result
         print(f"adiff: {folder.name}: {reason}", file=sys.stderr)
 
@@ -251,7 +253,7 @@ class SubmititEngine(Engine):
         for folder in ended:
             job = self.jobs.pop(folder)
             if not (folder/"done.json").exists() and not (folder/"failed.json").exists():
-                write_json(folder/"failed.json", {"error": f"job {job.job_id} ended as {job.state}; see {job.paths.stderr}"})
+                write_json(folder/"failed.json", {"error": f"job {job.job_id} ended as {job.state}; see {job.paths.stderr}", "seconds": None})
         self._start()
         return ended
 
@@ -346,7 +348,7 @@ class RayEngine(Engine):
             try:
                 self.ray.get(self.tasks.pop(folder))
             except Exception as error:  # a lost node, or no memory: whatever Ray says is why there is no result
-                write_json(folder/"failed.json", {"error": f"ray: {_one_line(error)}"})
+                write_json(folder/"failed.json", {"error": f"ray: {_one_line(error)}", "seconds": None})
         self._start()
         return ended
 
