@@ -1,0 +1,172 @@
+"""Sphinx's settings, and how the package's docstrings become pages: Markdown-like text, links to the notebooks' cells."""
+import ast
+import re
+import sys
+from configparser import ConfigParser
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from types import FunctionType
+
+import click
+from docutils import nodes
+from sphinx import addnodes
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+import build  # noqa: E402  found through the line above
+
+sys.path.insert(0, str(build.REPOSITORY))
+
+_parser = ConfigParser(delimiters=["="])
+_parser.read(build.REPOSITORY / "settings.ini", encoding="utf-8")
+_settings = _parser["DEFAULT"]
+
+project, author, release, language = _settings["lib_name"], _settings["author"], _settings["version"], "en"
+project_copyright = _settings["copyright"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.mathjax"]
+
+nb_execution_mode = "off"
+myst_enable_extensions = ["dollarmath", "amsmath"]
+myst_heading_anchors = 3
+
+autosummary_generate = False
+autodoc_default_options = {"members": True, "undoc-members": True, "member-order": "bysource", "no-value": True,
+                           "exclude-members": "model_config"}
+autodoc_preserve_defaults = True
+autodoc_inherit_docstrings = False
+add_module_names = False
+toc_object_entries_show_parents = "hide"
+
+# MathJax with its fonts drawn as SVG and every extension inside: one file, which browsers also load from disk.
+_mathjax = Path(find_spec("sphinx-mathjax-offline").origin).parent / "static/mathjax/tex-svg-full.js"
+mathjax_path = _mathjax.name
+
+html_theme = "furo"
+html_title = project
+html_static_path = ["style.css", str(_mathjax)]
+html_css_files = ["style.css"]
+html_copy_source = html_show_sourcelink = False
+# Excerpts in search results are fetched, which browsers forbid for pages opened from disk; the list of pages is not.
+html_show_search_summary = False
+
+
+@cache
+def definitions(module):
+    """Name -> (notebook, cell, the statement's source, the comment above it) of what `module` defines, from nbdev's markers.
+
+    Names of classes' members are CLASS.MEMBER.
+    """
+    path = build.PACKAGE / f"{'__init__' if module == 'adiff' else module.removeprefix('adiff.')}.py"
+    text = path.read_text(encoding="utf-8")
+    lines, found = text.split("\n"), {}
+    markers = [re.match(r"# %% \.\./nbs/(.+)\.ipynb #(\w+)", line) for line in lines]
+
+    def add(name, node):
+        marker = next(filter(None, reversed(markers[:node.lineno])), None)
+        start = node.lineno - 1
+        while start and lines[start - 1].startswith("# ") and not markers[start - 1]: start -= 1
+        comment = " ".join(line[2:] for line in lines[start:node.lineno - 1])
+        if marker: found[name] = (marker[1], marker[2], ast.get_source_segment(text, node), comment)
+
+    def walk(body, prefix=""):
+        for node in body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)): add(prefix + node.name, node)
+            if isinstance(node, ast.ClassDef): walk(node.body, f"{prefix}{node.name}.")
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+            for name in (leaf for target in targets for leaf in ast.walk(target) if isinstance(leaf, ast.Name)): add(prefix + name.id, node)
+
+    walk(ast.parse(text).body)
+    return found
+
+
+@cache
+def homes():
+    "Name -> modules that define it, over the whole package."
+    found = {}
+    for module in build.modules():
+        for name in definitions(module): found.setdefault(name, []).append(module)
+    return found
+
+
+def inline(text, module):
+    "One paragraph's text as reStructuredText: `code` in single backticks stays code, names of the package become links."
+    def code(match):
+        places = homes().get(match[1].removesuffix("()"), [])
+        home = module if module in places else places[0] if len(places) == 1 else None
+        return f":py:obj:`{match[1]} <{home}.{match[1].removesuffix('()')}>`" if home else f"``{match[1]}``"
+
+    parts = re.split(r"(`[^`]+`)", text)
+    escaped = (re.sub(r"([\\*_|`])", r"\\\1", part.replace(" ... ", " … ")) for part in parts)
+    return "".join(re.sub("`(.+)`", code, part) + r"\ " if i % 2 else text for i, (part, text) in enumerate(zip(parts, escaped)))
+
+
+def to_rst(lines, module):
+    """A docstring of plain paragraphs as the lines of reStructuredText.
+
+    Indented paragraphs are code; paragraphs of `- item` or `name: meaning` lines are lists, continued by indented lines.
+    """
+    result = []
+    for paragraph in re.split(r"\n\s*\n", "\n".join(lines).strip("\n")):
+        rows = paragraph.split("\n")
+        fields = [re.match(r"(- )|`?([\w.]+)`?: ", row) for row in rows]
+        if all(row.startswith("    ") for row in rows):
+            result += ["::", "", *rows, ""]
+        elif fields[0] and (fields[0][1] or sum(map(bool, fields)) > 1) and all(field or row[0] == " " for row, field in zip(rows, fields)):
+            for row, field in zip(rows, fields):
+                if field: result.append("")
+                if field and field[2]: result.append(f"* ``{field[2]}``: " + inline(row[field.end():], module))
+                else: result.append(("* " if field else "  ") + inline(row.removeprefix("- ").strip(), module))
+            result.append("")
+        else:
+            # The escaped blank keeps a first word such as "(a)" from being taken for the mark of a list.
+            result += [r"\ " + inline(" ".join(row.strip() for row in rows), module), ""]
+    return result
+
+
+def constant(thing, name, module):
+    "What is shown of a value: the help of a command, or the statement that defines it with the comment above it."
+    if isinstance(thing, click.Command):
+        called = "adiff" if isinstance(thing, click.Group) else f"adiff {thing.name}"
+        help_text = thing.get_help(click.Context(thing, info_name=called, max_content_width=100, terminal_width=100))
+        return [thing.get_short_help_str(100), "", ".. code-block:: text", "", *(f"   {line}" for line in help_text.split("\n")), ""]
+    _, _, source, comment = definitions(module)[name]
+    comment = comment or "".join(re.findall(r"  # (.+)", source.split("\n")[0]))
+    code = [".. code-block:: python", "", *(f"   {line}" for line in source.split("\n")), ""]
+    return [*(to_rst([comment], module) if comment else []), *code]
+
+
+def process_docstring(app, what, name, thing, options, lines):
+    "autodoc's hook: replaces `lines` by reStructuredText."
+    module = name if what == "module" else max((m for m in build.modules() if name.startswith(f"{m}.")), key=len)
+    if what == "data": lines[:] = constant(thing, name.removeprefix(f"{module}."), module)
+    elif what == "attribute" and "\n".join(lines) == (type(thing).__doc__ or ""): lines.clear()
+    else: lines[:] = to_rst(lines, module)
+    if what == "module": lines += overview(module)
+
+
+def overview(module):
+    "A table of the public names of `module`, then its values, which automodule passes over. adiff itself lists what it takes from its modules."
+    package = sys.modules[module]
+    names = package.__all__ or [f"~{home}.{name}" for name, home in getattr(package, "_homes", {}).items()]
+    values = [name for name in package.__all__ if not isinstance(getattr(package, name), (type, FunctionType))]
+    table = ["", ".. autosummary::", "   :nosignatures:", "", *(f"   {name}" for name in names), ""] if names else []
+    return [*table, *(line for name in values for line in (f".. autodata:: {module}.{name}", ""))]
+
+
+def link_to_notebooks(app, tree):
+    "Every signature gets a link to the notebook's cell that defines it."
+    if not app.env.docname.startswith("api/"): return
+    for signature in tree.findall(addnodes.desc_signature):
+        module, name = signature.get("module"), signature.get("fullname", "")
+        if module not in build.modules(): continue
+        known = definitions(module)
+        notebook, cell, *_ = known.get(name) or known.get(name.split(".")[0]) or (build.modules()[module], None)
+        link = nodes.reference("", "", internal=True, refuri=f"../{notebook}.html" + (f"#cell-{cell}" if cell else ""), classes=["notebook-link"])
+        link += nodes.Text(f"[{notebook}]")
+        signature += link
+
+
+def setup(app):
+    app.connect("autodoc-process-docstring", process_docstring)
+    app.connect("doctree-read", link_to_notebooks)
