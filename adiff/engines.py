@@ -95,14 +95,11 @@ def _die_with_parent():
         pass
     os._exit(1)
 
-# %% ../nbs/61_engines.ipynb #2f282b67
+# %% ../nbs/61_engines.ipynb #583cc203
 class Engine:
-    """What carries out runs. `waits` says whether its runs end while it is watched, or later.
+    "What carries out runs. `waits` says whether its runs end while it is watched, or later; `at_once` how many go on together, if it knows."
 
-    jobs: runs at the same time, where the engine decides that. device: for the notebooks that take one.
-    """
-
-    waits = True
+    waits, at_once = True, None
 
     def submit(self, folders):
         "Queues the runs in `folders`."
@@ -149,9 +146,9 @@ class LocalEngine(Engine):
         gpus = visible_gpus() if device in ("auto", "cuda") else []
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         fits = max(1, int(available_memory_gb() // memory_gb))
-        self.jobs = jobs or max(1, min(len(gpus) or cores, fits, runs or fits))
-        self.device, self.threads = device, max(1, cores // self.jobs)
-        self.free = [gpus[slot % len(gpus)] if gpus else None for slot in range(self.jobs)]
+        self.at_once = jobs or max(1, min(len(gpus) or cores, fits, runs or fits))
+        self.device, self.threads = device, max(1, cores // self.at_once)
+        self.free = [gpus[slot % len(gpus)] if gpus else None for slot in range(self.at_once)]
         self.queue, self.children = [], {}
 
     def submit(self, folders):
@@ -228,7 +225,7 @@ class SubmititEngine(Engine):
         import submitit
 
         self.local, self.device = cluster == "local", device
-        self.capacity = jobs or (2 if self.local else None)
+        self.at_once = jobs or (2 if self.local else None)
         try:
             self.executor = submitit.AutoExecutor(folder=log_folder, cluster=cluster)
             array = {} if self.local or jobs is None else {"slurm_array_parallelism": jobs}
@@ -243,7 +240,7 @@ class SubmititEngine(Engine):
 
     def _start(self):
         "Submits what has room: on Slurm all in one array, locally (where submitit has no queue) a few at a time."
-        room = self.capacity - len(self.jobs) if self.local else len(self.queue)
+        room = self.at_once - len(self.jobs) if self.local else len(self.queue)
         starting, self.queue = self.queue[:room], self.queue[room:]
         if starting:
             self.jobs.update(zip(starting, self.executor.map_array(_Task(self.device), map(str, starting))))
@@ -285,7 +282,7 @@ class SbatchEngine(Engine):
     waits = False
 
     def __init__(self, script_folder, jobs=None, device="auto", **options):
-        self.folder, self.jobs, self.device, self.options = Path(script_folder), jobs, device, options
+        self.folder, self.at_once, self.device, self.options = Path(script_folder), jobs, device, options
         for name, value in options.items():
             if not re.fullmatch(r"[a-z][a-z-]*", name) or "\n" in str(value):
                 raise InputError(f"engine option {name}: not a name of an sbatch option (letters and -), or its value has several lines")
@@ -297,7 +294,7 @@ class SbatchEngine(Engine):
         with atomic_path(self.folder/"folders.txt") as path:
             path.write_text("".join(f"{folder}\n" for folder in folders), encoding="utf-8")
         script = _array_script.format(
-            last=len(folders) - 1, limit=f"%{self.jobs}" if self.jobs else "", logs=str(self.folder.resolve()/"logs").replace("%", "%%"),
+            last=len(folders) - 1, limit=f"%{self.at_once}" if self.at_once else "", logs=str(self.folder.resolve()/"logs").replace("%", "%%"),
             options="\n".join(f"#SBATCH --{name}={value}" for name, value in self.options.items()), device=shlex.quote(self.device),
             folders=shlex.quote(str(self.folder.resolve()/"folders.txt")), python=shlex.quote(sys.executable))
         with atomic_path(self.folder/"array.sh") as path:
@@ -319,7 +316,7 @@ class RayEngine(Engine):
             import ray
         except ImportError:
             raise InputError("engine ray: Ray is not installed; pip install 'adiff[ray]', or use --engine local") from None
-        self.ray, self.device, self.limit, self.queue, self.tasks = ray, device, jobs, [], {}
+        self.ray, self.device, self.at_once, self.queue, self.tasks = ray, device, jobs, [], {}
         if not ray.is_initialized():
             ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False, include_dashboard=False)
 
@@ -336,7 +333,7 @@ class RayEngine(Engine):
 
     def _start(self):
         "Hands over to Ray, which has a queue of its own, as many as may run at once."
-        room = len(self.queue) if self.limit is None else self.limit - len(self.tasks)
+        room = len(self.queue) if self.at_once is None else self.at_once - len(self.tasks)
         for folder in self.queue[:room]:
             self.tasks[folder] = self.carry_out.remote(str(folder), self.threads)
         self.queue = self.queue[room:]

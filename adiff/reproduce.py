@@ -41,37 +41,43 @@ def expected_seconds(out, runs):
         took.setdefault(read_json(done.parent/"run.json")["group"], []).append(read_json(done)["seconds"])
     return {run.group: statistics.median(took[run.group]) if run.group in took else run.minutes and 60*run.minutes for run in runs}
 
-# %% ../nbs/62_reproduce.ipynb #92c91833
+# %% ../nbs/62_reproduce.ipynb #68a8f8be
 class _Overview:
-    "Shows how a batch goes on; `total` runs, expected seconds per group, and how many at once."
+    "Shows how a batch goes on: its runs (folder -> run), the seconds expected per group, and how many go at once."
 
     def __init__(self, runs, expected, jobs):
-        self.left, self.expected, self.jobs, self.failed, self.seen = dict(runs), expected, max(1, jobs), 0, {}
-        self.bar = progress(total=len(runs), desc="runs", unit="run", bar_format="{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}{postfix}")
-        self.lines = [tqdm(position=slot + 1, bar_format="{desc}", leave=False) for slot in range(min(jobs, 8))] if sys.stderr.isatty() else []
-        self.drawn = 0.0
+        self.left, self.expected, self.jobs, self.total, self.failed, self.seen, self.drawn = dict(runs), expected, jobs, len(runs), 0, {}, 0.0
+        self.terminal = sys.stderr.isatty()
+        self.bar = progress(total=len(runs), desc="runs", bar_format="{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}{postfix}") if self.terminal else None
+        self.lines = [tqdm(position=slot + 1, bar_format="{desc}", leave=False) for slot in range(min(jobs, 8))] if self.terminal else []
 
     def ended(self, folder, error):
         run = self.left.pop(folder)
         self.failed += error is not None
-        self.bar.update()
-        if error is not None or not self.lines:
-            tqdm.write(f"{run.label}: {error or 'done'}", file=sys.stderr)
+        if self.terminal:
+            self.bar.update()
+        if error or not self.terminal:
+            tqdm.write(f"{self.total - len(self.left)}/{self.total} {run.label}: {error or 'done'}{self._hint()}", file=sys.stderr)
+
+    def _hint(self):
+        "How long it may still take, and what has failed."
+        now, expected = time.monotonic(), [self.expected[run.group] for run in self.left.values()]
+        elapsed = [now - self.seen.get(folder, now) for folder in self.left]
+        hint = f", about {duration(sum(max(0, a - b) for a, b in zip(expected, elapsed))/self.jobs)} left" if expected and None not in expected else ""
+        return hint + f", {self.failed} failed"*bool(self.failed)
 
     def show(self, running):
         if time.monotonic() - self.drawn < 0.5:
             return
         self.drawn = time.monotonic()
         elapsed = {folder: self.drawn - self.seen.setdefault(folder, self.drawn) for folder in running}
-        expected = [self.expected[run.group] for run in self.left.values()]
-        if None not in expected:
-            work = sum(max(0, seconds - elapsed.get(folder, 0)) for folder, seconds in zip(self.left, expected))
-            self.bar.set_postfix_str(f"about {duration(work/self.jobs)} left" + f", {self.failed} failed"*bool(self.failed))
-        for line, folder in zip(self.lines, list(running) + [None]*len(self.lines)):
+        if self.terminal:
+            self.bar.set_postfix_str(self._hint().removeprefix(", "))
+        for line, folder in zip(self.lines, [*running, *[None]*len(self.lines)]):
             line.set_description_str(f"  {self.left[folder].label}  {duration(elapsed[folder])}  {_log_end(folder)}"[:150] if folder else "")
 
     def close(self):
-        for bar in (*self.lines, self.bar):
+        for bar in [*self.lines, *[self.bar]*self.terminal]:
             bar.close()
 
 
@@ -152,7 +158,7 @@ def _make_data(folder, made):
 # %% ../nbs/62_reproduce.ipynb #4da176d0
 def _carry_out(engine, out, todo, expected):
     "Submits the runs `todo` (folder -> run) and, if the engine waits, watches them to their end. Ctrl-C ends them."
-    overview = _Overview(todo, expected, getattr(engine, "jobs", 1) if isinstance(getattr(engine, "jobs", 1), int) else 1)
+    overview = _Overview(todo, expected, engine.at_once or 1)
     try:
         engine.submit(list(todo))
         while engine.waits and overview.left:
@@ -207,7 +213,7 @@ def describe_plan(matrix, out=None, jobs=None, parameters=None, only=None, data=
     width = max(len(run.label) for run in runs)
     lines = [f"{run.label:{width}}  {found}" for run, found in zip(runs, states)]
     counts = {name: sum(found.startswith(name) for found in states) for name in ("done", "failed", "interrupted", "stale", "new")}
-    expected, jobs = expected_seconds(out, runs), jobs or make_engine("local", out, runs=len(runs)).jobs
+    expected, jobs = expected_seconds(out, runs), jobs or make_engine("local", out, runs=len(runs)).at_once
     left = [expected[run.group] for run, found in zip(runs, states) if found not in ("done", "failed")]
     hint = "no estimate: none has run yet" if None in left else f"about {duration(sum(left)/jobs)} with {jobs} at once" if left else "nothing to do"
     return "\n".join([*lines, f"{len(runs)} runs: {', '.join(f'{count} {name}' for name, count in counts.items() if count)}; {hint}"])
