@@ -381,7 +381,7 @@ def fixed_examples(detector, dataset, rows, maps, masks, known):
     windows = loudest(map_scores(found["anomaly"].float().cpu(), detector.config.top_share), owners)
     one = {"path": np.array(order.path, str), "defect": np.array(order.defect, str), "label": order.label.to_numpy(),
            "score": order.score.to_numpy(), "picture": np.stack([frame.picture(one) for one in frames[windows]]),
-           "map": maps[chosen].clamp(-6e4, 6e4).half().numpy(), "mask": masks[chosen], "known": known[chosen]}
+           "map": maps.numpy()[chosen].clip(-6e4, 6e4).astype(np.float16), "mask": masks[chosen], "known": known[chosen]}
     if reconstruction is not None:
         shown = functional.interpolate(reconstruction.float().cpu()[windows], size=(frame.size,) * 2, mode="bilinear")
         one["reconstruction"] = np.stack([frame.picture(picture) for picture in shown])

@@ -441,8 +441,8 @@ class Evidence:
     @property
     def leading(self):
         "The metrics that figures show: the first is on files, the others, where there are masks, on pixels."
-        wanted = ("image_auroc", "image_ap", "image_pauc") if self.kind == "sound" else ("image_auroc", "pixel_ap", "aupro")
         known = set(self.tidy.metric[self.tidy.value.notna()])
+        wanted = ("image_auroc", "pixel_ap", "aupro") if "pixel_ap" in known else ("image_auroc", "image_ap", "image_pauc" if self.kind == "sound" else "image_f1_max")
         return [metric for metric in wanted if metric in known]
 
     def leaves(self, first_seed=False):
@@ -475,11 +475,19 @@ class Evidence:
 # %% ../nbs/44_gallery.ipynb #8e97752b
 def read_evidence(tidy, summary, published=None):
     """One `Evidence` per dataset of the tables that `adiff.tables` makes: `collect`, `summarize`, `read_published` (None: nothing known)."""
+    settings = tidy.groupby(["dataset", "variant"]).setting.nunique()
+    tidy, summary = (_name_settings(frame, set(settings[settings > 1].index)) for frame in (tidy, summary))
     styles = variant_styles(tidy.variant)
     published = pd.DataFrame(columns=["dataset"]) if published is None else published
     return [Evidence(name, own.kind.iloc[0], own, summary[summary.dataset == name],
                      published[published.dataset == re.sub("[- ]", "_", str(name).lower())], styles)
             for name, own in tidy.groupby("dataset", sort=False)]
+
+
+def _name_settings(frame, twice):
+    "Adds the setting to the name of each (dataset, variant) that was run in two of them."
+    names = [f"{row.variant}, {row.setting}" if (row.dataset, row.variant) in twice else row.variant for row in frame.itertuples()]
+    return frame.assign(variant=names)
 
 # %% ../nbs/44_gallery.ipynb #41bb697b
 def example_files(evidence, reconstructions=True):

@@ -209,6 +209,8 @@ def combinations(name, group, where):
             for label in labels if isinstance(labels, list) else [labels]:
                 if str(label) not in axes[axis]:
                     raise InputError(f"{where}: exclude: {unknown_name(f'value of axis {axis}', str(label), axes[axis])}")
+    if "group" in axes:
+        raise InputError(f"{where}: an axis may not be called group")
     found = []
     for labels in itertools.product(*axes.values()):
         point = dict(zip(axes, labels))
@@ -283,7 +285,7 @@ def _check_method(path, parameters, kind, where):
 def plan(path, parameters=None, only=None, data=None):
     """The runs of the matrix file `path`: a list of `PlannedRun`, in the order of the file.
 
-    parameters: fixed parameters that replace (mappings: extend) the file's. only: {axis: labels} to keep. data: {dataset: folder} in
+    parameters: fixed parameters that replace (mappings: extend) the file's. only: {axis, or "group": labels} to keep. data: {dataset: folder} in
     place of the file's paths. Everything that can be wrong with them is found here, before anything runs; raises `InputError`.
     """
     path = Path(path)
@@ -300,9 +302,9 @@ def plan(path, parameters=None, only=None, data=None):
         unused -= set(mine)
         group = group.model_copy(update={"parameters": _merged(group.parameters, mine)})
         for axis in labels:
-            labels[axis] |= set(_choices(axis, group.axes[axis], where)) if axis in group.axes else set()
+            labels[axis] |= {name} if axis == "group" else set(_choices(axis, group.axes[axis], where)) if axis in group.axes else set()
         for point, values in combinations(name, group, where):
-            if any(point.get(axis) not in wanted for axis, wanted in (only or {}).items()):
+            if any({**point, "group": name}.get(axis) not in wanted for axis, wanted in (only or {}).items()):
                 continue
             runs.append(_planned(matrix, path.stem, name, group, notebook, point, values, data or {}, where))
     if unused:
@@ -310,7 +312,7 @@ def plan(path, parameters=None, only=None, data=None):
         raise unknown_name(f"parameter of {path.name}", sorted(unused)[0], known)
     for axis, found in labels.items():
         if not found:
-            raise unknown_name(f"axis of {path.name}", axis, {axis for group in matrix.groups.values() for axis in group.axes})
+            raise unknown_name(f"axis of {path.name}", axis, {"group", *(axis for group in matrix.groups.values() for axis in group.axes)})
         if set(only[axis]) - found:
             raise unknown_name(f"value of axis {axis} of {path.name}", sorted(set(only[axis]) - found)[0], found)
     seen = {}
