@@ -1,4 +1,4 @@
-"""Builds the documentation site, without network: `python nbs/_site/build.py [OUT]` writes OUT/html/index.html (OUT: _docs).
+"""Builds the documentation site, without network: `make docs`, or `python nbs/_site/build.py [OUT]`, writes OUT/html/index.html.
 
 Sphinx reads a copy of the notebooks (OUT/source), not the notebooks: in the copy nbdev's directives are gone, cells of the
 package have an address, and the pages that can be derived are written: the landing page from README.md, one page of API
@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -21,6 +22,7 @@ PACKAGE = REPOSITORY / "adiff"
 CHAPTERS = {"0": "Core", "1": "Data", "2": "Spaces, diffusion, networks", "3": "Methods", "4": "Scores and figures",
             "5": "Detector, training, runs", "6": "Experiments in batches"}
 FOLDERS = {"tutorials": "Tutorials", "": "", "experiments": "Experiments", "experiments/results": "Executed results"}
+WORDS = {"auroc": "AUROC", "ap": "AP", "f1": "F1", "pauc": "pAUC", "aupro": "AUPRO"}
 
 
 def notebooks():
@@ -128,7 +130,8 @@ def api_page(module, notebook):
 def api_index(api):
     "The list of all modules by chapter, each with the first sentence of its docstring."
     pages = "\n".join(f"   {module}" for module in api)
-    parts = ["API reference", "=============", "", "What every module offers. The link at the right of every name leads to the notebook's cell that defines it.", ""]
+    parts = ["API reference", "=============", "",
+             "What every module offers. The link at the right of every name leads to the notebook's cell that defines it.", ""]
     for digit in sorted({notebook[0] for notebook in api.values()}):
         names = [f"   {module}" for module, notebook in api.items() if notebook[0] == digit]
         parts += [CHAPTERS.get(digit, "More"), "-" * 40, "", ".. autosummary::", "", *names, ""]
@@ -142,7 +145,7 @@ def published_page(path):
              "numbers of single categories: {download}`published.csv`.", ""]
     for (dataset, setting), part in rows.groupby(["dataset", "setting"]):
         metrics, sources = list(part.metric.unique()), []
-        header = ["method", "venue", *(metric.replace("_", " ") for metric in metrics), "source"]
+        header = ["method", "venue", *(" ".join(WORDS.get(word, word) for word in metric.split("_")) for metric in metrics), "source"]
         parts += [f"## {dataset}, {setting}", "", f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
         for (method, venue), row in part.groupby(["method", "venue"], sort=False):
             values = [" ".join(row.value[row.metric == metric]) for metric in metrics]
@@ -162,7 +165,7 @@ def matrices_page(paths):
 
 
 def stage(source):
-    "Writes everything Sphinx reads to the folder `source`, touching only what changed, and removes what is no longer there."
+    "Writes everything Sphinx reads to the new folder `source`."
     known, api, files = notebooks(), modules(), {}
     for path in NOTEBOOKS.rglob("*"):
         inside = path.relative_to(NOTEBOOKS)
@@ -178,12 +181,9 @@ def stage(source):
     extra = [name for name in ("experiments/matrices", "experiments/published") if f"{name}.md" in files]
     files["index.md"] = landing_page(known) + contents(known, api, extra)
     for name, content in files.items():
-        path, content = source / name, content.encode() if isinstance(content, str) else content
-        if path.is_file() and path.read_bytes() == content: continue
+        path = source / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    for path in source.rglob("*"):
-        if path.is_file() and path.relative_to(source).as_posix() not in files: path.unlink()
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def main():
@@ -192,6 +192,9 @@ def main():
     out = parser.parse_args().out.resolve()
     try: from sphinx.cmd.build import main as sphinx_build
     except ImportError: sys.exit("adiff: the site needs Sphinx: pip install -c constraints.txt -e '.[docs]'")
+    # An earlier build would leave the pages of notebooks that are gone; only a folder that looks like one is cleared.
+    if (out / "source/api/index.rst").is_file():
+        for name in ("source", "doctrees", "html", "jupyter_execute"): shutil.rmtree(out / name, ignore_errors=True)
     stage(out / "source")
     sys.exit(sphinx_build(["-W", "--keep-going", "-q", "-c", str(HERE), "-d", str(out / "doctrees"), str(out / "source"), str(out / "html")])
              or print(f"site: {os.path.relpath(out / 'html/index.html')}"))

@@ -53,7 +53,7 @@ html_show_search_summary = False
 
 @cache
 def definitions(module):
-    """Name -> (notebook, cell, the statement's source, the comment above it) of what `module` defines, from nbdev's markers.
+    """Name -> (notebook, cell, the statement's source, the comment above or beside it) of what `module` defines, from nbdev's markers.
 
     Names of classes' members are CLASS.MEMBER.
     """
@@ -66,7 +66,8 @@ def definitions(module):
         marker = next(filter(None, reversed(markers[:node.lineno])), None)
         start = node.lineno - 1
         while start and lines[start - 1].startswith("# ") and not markers[start - 1]: start -= 1
-        comment = " ".join(line[2:] for line in lines[start:node.lineno - 1])
+        beside = re.match(r"\s*# (.+)", lines[node.end_lineno - 1].encode()[node.end_col_offset:].decode())
+        comment = " ".join(line[2:] for line in lines[start:node.lineno - 1]) or (beside[1] if beside else "")
         if marker: found[name] = (marker[1], marker[2], ast.get_source_segment(text, node), comment)
 
     def walk(body, prefix=""):
@@ -127,22 +128,40 @@ def to_rst(lines, module):
 def constant(thing, name, module):
     "What is shown of a value: the help of a command, or the statement that defines it with the comment above it."
     if isinstance(thing, click.Command):
-        called = "adiff" if isinstance(thing, click.Group) else f"adiff {thing.name}"
-        help_text = thing.get_help(click.Context(thing, info_name=called, max_content_width=100, terminal_width=100))
-        return [thing.get_short_help_str(100), "", ".. code-block:: text", "", *(f"   {line}" for line in help_text.split("\n")), ""]
+        main = sys.modules[module].main
+        context = click.Context(main, info_name="adiff", **main.context_settings | {"terminal_width": 100})
+        if thing is not main: context = click.Context(thing, info_name=thing.name, parent=context)
+        return [thing.get_short_help_str(1000), "", ".. code-block:: text", "", *(f"   {line}" for line in thing.get_help(context).split("\n")), ""]
     _, _, source, comment = definitions(module)[name]
     comment = comment or "".join(re.findall(r"  # (.+)", source.split("\n")[0]))
     code = [".. code-block:: python", "", *(f"   {line}" for line in source.split("\n")), ""]
     return [*(to_rst([comment], module) if comment else []), *code]
 
 
+def attribute(name, module):
+    "What is said about an attribute, in Markdown: description, default and bounds of a configuration's key, else the comment beside it."
+    owner, _, key = name.rpartition(".")
+    fields = getattr(getattr(sys.modules[module], owner, None), "model_fields", {})
+    if key not in fields: return definitions(module).get(name, ("",) * 4)[3]
+    field, words = fields[key], {"ge": "at least", "gt": "above", "le": "at most", "lt": "below", "min_length": "length at least"}
+    bounds = [f"{words[bound]} {getattr(limit, bound)}" for limit in field.metadata for bound in words if hasattr(limit, bound)]
+    default = "" if field.is_required() else f"default `{field.get_default(call_default_factory=True)!r}`"
+    return "; ".join(filter(None, [field.description, default, *bounds]))
+
+
 def process_docstring(app, what, name, thing, options, lines):
     "autodoc's hook: replaces `lines` by reStructuredText."
     module = name if what == "module" else max((m for m in build.modules() if name.startswith(f"{m}.")), key=len)
-    if what == "data": lines[:] = constant(thing, name.removeprefix(f"{module}."), module)
-    elif what == "attribute" and "\n".join(lines) == (type(thing).__doc__ or ""): lines.clear()
+    name = name.removeprefix(f"{module}.")
+    if what == "data": lines[:] = constant(thing, name, module)
+    elif what == "attribute": lines.clear()  # see finish_signatures
     else: lines[:] = to_rst(lines, module)
     if what == "module": lines += overview(module)
+
+
+def process_signature(app, what, name, thing, options, signature, return_annotation):
+    "autodoc's hook: the keys of a configuration are listed below it, so its signature need not repeat them."
+    if what == "class" and hasattr(thing, "model_fields"): return "(**keys)", return_annotation
 
 
 def overview(module):
@@ -154,8 +173,8 @@ def overview(module):
     return [*table, *(line for name in values for line in (f".. autodata:: {module}.{name}", ""))]
 
 
-def link_to_notebooks(app, tree):
-    "Every signature gets a link to the notebook's cell that defines it."
+def finish_signatures(app, tree):
+    "Every signature gets a link to the notebook's cell that defines it; attributes, which autodoc has no hook for, what is said about them."
     if not app.env.docname.startswith("api/"): return
     for signature in tree.findall(addnodes.desc_signature):
         module, name = signature.get("module"), signature.get("fullname", "")
@@ -165,8 +184,12 @@ def link_to_notebooks(app, tree):
         link = nodes.reference("", "", internal=True, refuri=f"../{notebook}.html" + (f"#cell-{cell}" if cell else ""), classes=["notebook-link"])
         link += nodes.Text(f"[{notebook}]")
         signature += link
+        if signature.parent["objtype"] == "attribute" and (text := attribute(name, module)):
+            parts = [nodes.literal("", part) if i % 2 else nodes.Text(part) for i, part in enumerate(text.split("`"))]
+            signature.parent[-1] += nodes.paragraph("", "", *parts)
 
 
 def setup(app):
     app.connect("autodoc-process-docstring", process_docstring)
-    app.connect("doctree-read", link_to_notebooks)
+    app.connect("autodoc-process-signature", process_signature)
+    app.connect("doctree-read", finish_signatures)
