@@ -488,6 +488,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'adiff.gallery.draw_sounds': ('gallery.html#draw_sounds', 'adiff/gallery.py'),
                                'adiff.gallery.error_kind': ('gallery.html#error_kind', 'adiff/gallery.py'),
                                'adiff.gallery.example_files': ('gallery.html#example_files', 'adiff/gallery.py'),
+                               'adiff.gallery.few_colours': ('gallery.html#few_colours', 'adiff/gallery.py'),
                                'adiff.gallery.file_name': ('gallery.html#file_name', 'adiff/gallery.py'),
                                'adiff.gallery.gap_heatmap': ('gallery.html#gap_heatmap', 'adiff/gallery.py'),
                                'adiff.gallery.heats': ('gallery.html#heats', 'adiff/gallery.py'),
