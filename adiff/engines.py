@@ -148,7 +148,8 @@ class LocalEngine(Engine):
         fits = max(1, int(available_memory_gb() // memory_gb))
         self.at_once = jobs or max(1, min(len(gpus) or cores, fits, runs or fits))
         self.device, self.threads = device, max(1, cores // self.at_once)
-        self.free = [gpus[slot % len(gpus)] if gpus else None for slot in range(self.at_once)]
+        shares = [gpus[slot::self.at_once] or [gpus[slot % len(gpus)]] if gpus else None for slot in range(self.at_once)]
+        self.free = [",".join(share) if share else None for share in shares]
         self.queue, self.children = [], {}
 
     def submit(self, folders):
