@@ -472,6 +472,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'adiff.gallery._need_variants': ('gallery.html#_need_variants', 'adiff/gallery.py'),
                                'adiff.gallery._panels': ('gallery.html#_panels', 'adiff/gallery.py'),
                                'adiff.gallery._points': ('gallery.html#_points', 'adiff/gallery.py'),
+                               'adiff.gallery._published_cells': ('gallery.html#_published_cells', 'adiff/gallery.py'),
                                'adiff.gallery._show_block': ('gallery.html#_show_block', 'adiff/gallery.py'),
                                'adiff.gallery.ablation_bars': ('gallery.html#ablation_bars', 'adiff/gallery.py'),
                                'adiff.gallery.category_means': ('gallery.html#category_means', 'adiff/gallery.py'),

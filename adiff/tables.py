@@ -161,9 +161,10 @@ def summarize(tidy, metrics, average="mean"):
     for (dataset, setting, variant, metric), group in tidy[tidy.metric.isin(metrics)].groupby(["dataset", "setting", "variant", "metric"], sort=False):
         defined = group[group.value.notna()]
         seeds = [over(rows.value.to_numpy()) for _, rows in defined.groupby("seed")]
-        drawn = [over(np.stack([_replicates_of(row.folder)[row.category][metric] for row in rows.itertuples()]))
-                 for _, rows in defined.groupby("seed")]
-        low, high = _interval(np.mean(drawn, axis=0)) if drawn else (np.nan, np.nan)
+        low, high = np.nan, np.nan
+        if len(defined) and defined.low.notna().all():  # no interval without pixels/, as earlier versions left it out
+            low, high = _interval(np.mean([over(np.stack([_replicates_of(row.folder)[row.category][metric] for row in rows.itertuples()]))
+                                           for _, rows in defined.groupby("seed")], axis=0))
         rows.append({"dataset": dataset, "kind": group.kind.iloc[0], "setting": setting, "variant": variant, "method": group.method.iloc[0],
                      "metric": metric, "mean": np.mean(seeds) if seeds else np.nan, "std": np.std(seeds, ddof=1) if len(seeds) > 1 else np.nan,
                      "low": low, "high": high, "seeds": group.seed.nunique(), "categories": defined.category.nunique()})
@@ -263,8 +264,8 @@ _page = jinja2.Environment(autoescape=True).from_string("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ title }}</title><style>
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 80rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-table { border-collapse: collapse; display: block; overflow-x: auto; } th, td { padding: .3rem .7rem; text-align: right; white-space: nowrap; }
-thead th { border-bottom: 2px solid #444; } th:first-child { text-align: left; } tbody tr:nth-child(even) { background: #f4f4f4; }
+table { border-collapse: collapse; display: block; overflow-x: auto; } th, td { padding: .3rem .6rem; text-align: right; white-space: nowrap; font-size: .92rem; }
+thead th { border-bottom: 2px solid #444; white-space: normal; vertical-align: bottom; } th:first-child { text-align: left; } tbody tr:nth-child(even) { background: #f4f4f4; }
 td a { color: inherit; text-decoration-color: #bbb; } .notes { color: #555; font-size: .92rem; }
 </style></head><body>
 <h3>{{ title }}</h3>
@@ -436,7 +437,7 @@ def _beside(own, paper, theirs, complete):
     methods = list(dict.fromkeys(theirs.method))
     papers = [name for name in methods if re.match(rf"{re.escape(paper)}( |$)", name)] or [paper]
     methods = [*papers, *(name for name in methods if name not in papers)]
-    notes = [*_counted(own), *_sources(theirs, methods)]
+    notes = [*_counted(own), *_sources(theirs, methods, means.index, names, kind)]
 
     rows = {f"{variant} (ours)": {_title(one, kind): (_number(*means.loc[one, ["mean", "std"]]), own.notebook.iloc[0]) for one in means.index}}
     for name in methods:
@@ -464,7 +465,7 @@ def _beside(own, paper, theirs, complete):
             text, gap = _published_mean(cell, name, metric, names, complete, means.loc[metric, "mean"])
             rows["mean"] |= {name: (text, ""), f"{name} gap": (gap, "")}
         made.append(_table(f"{_name(own)}: {variant} against published numbers by category, {_title(metric, kind)}", "category", rows, own,
-                           [*_counted(own), *_sources(theirs, shown)]))
+                           [*_counted(own), *_sources(theirs, shown, [metric], names, kind)]))
     return made
 
 
@@ -481,15 +482,20 @@ def _gap(difference):
     return "not available" if np.isnan(difference) else f"{100 * difference:+.1f}"
 
 
-def _sources(theirs, methods):
-    "Where the numbers of each method come from."
+def _sources(theirs, methods, metrics, categories, kind):
+    "Where the numbers of each method that are shown come from, and what is noted beside them."
     notes = ["gap: ours minus theirs, in percentage points"]
+    theirs = theirs[theirs.metric.isin(metrics) & theirs.category.isin([*categories, "mean"])]
     for name in methods:
         rows = theirs[theirs.method == name]
         if rows.empty:
             notes.append(f"{name}: no published number in this setting")
-        for source, own in rows.groupby("source", sort=False):
-            notes.append(f"{name}, {own.venue.iloc[0]}: {source}" + "".join(f"; {note}" for note in own.note.unique() if note))
+            continue
+        said = []
+        for note, own in rows[rows.note != ""].groupby("note", sort=False):
+            where = ", ".join(dict.fromkeys(_title(row.metric, kind) + (f" of {row.category}" if row.category != "mean" else "") for row in own.itertuples()))
+            said.append(note if len(own) == len(rows) else f"{note} ({where})")
+        notes.append(f"{name}, {rows.venue.iloc[0]}: {'; '.join([*rows.source.unique(), *said])}")
     return notes
 
 # %% ../nbs/63_tables.ipynb #401ef41a

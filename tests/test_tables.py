@@ -154,6 +154,12 @@ def test_means_and_intervals(tmp_path):
     assert (one["mean"], one.low, one.high) == (cell.value, cell.low, cell.high) and np.isnan(one["std"])
 
 
+def test_without_pixel_counts_there_is_a_value_but_no_interval(tmp_path):
+    leaf = synthetic_run(tmp_path / "run", categories=("a",), pixel_auroc=0.9, pixel_ap=0.5, pixel_f1_max=0.5, aupro=0.7)
+    overview = tables.tables(tables.collect(leaf))[0].frame.iloc[0]
+    assert overview["AUPRO"] == "70.0" and overview["image AUROC"].endswith("]") and overview["network calls"] == "not available"
+
+
 def test_an_interval_is_that_of_resampled_files(tmp_path):
     leaf = synthetic_run(tmp_path / "run", categories=("a",))
     found = tables.collect(leaf).set_index("metric").loc["image_auroc"]
