@@ -105,20 +105,25 @@ def read_json(path):
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not valid JSON ({error})") from None
 
-# %% ../nbs/00_core.ipynb #cc7c733b
+# %% ../nbs/00_core.ipynb #20bb8149
 @contextlib.contextmanager
 def locked(folder, patience=10.0, name=".lock"):
-    """Holds the lock of an existing `folder` (its file `name`) while the body runs.
+    """Holds the lock of `folder` (a file `name` in it) while the body runs; creates the folder if needed.
 
-    Raises `InputError` if another process, or an enclosing `locked` of the same folder, does not let go of it for `patience` seconds.
+    Raises `InputError` if another process, or an enclosing `locked` of the same folder, does not let go of it for `patience` seconds,
+    or if the folder cannot be written to.
     """
-    with open(Path(folder)/name, "a") as file:
-        deadline = time.monotonic() + patience
-        while not _locks(file):
-            if time.monotonic() > deadline:
-                raise InputError(f"{folder}: another process is writing here; wait for it, or choose another out_dir")
-            time.sleep(0.1)
-        yield
+    path, deadline = ensure_folder(folder) / name, time.monotonic() + patience
+    while not _locks(file := open(path, "a")):
+        file.close()
+        if time.monotonic() > deadline:
+            raise InputError(f"{folder}: another process is writing here; wait for it, or choose another out_dir")
+        time.sleep(0.1)
+    with file:
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _locks(file):
@@ -129,11 +134,11 @@ def _locks(file):
         return True
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
+    except (BlockingIOError, FileNotFoundError):  # another has it, or had it and has removed the file since we opened it
         return False
     except OSError:  # some network file systems know no locks; better to work unlocked there than not at all
-        pass
-    return True
+        return True
 
 # %% ../nbs/00_core.ipynb #9786e4f0
 def derive_seed(seed, *names):
