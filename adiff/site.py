@@ -208,7 +208,7 @@ _templates = {
 </body></html>
 """,
     "index": """{% extends "page" %}{% block body %}
-<h1>{{ title }}</h1><p>{{ description }}</p><pre>{{ command }}</pre>
+<h1>{{ title }}</h1><p>{{ description }}</p>{% if command %}<pre>{{ command }}</pre>{% endif %}
 <p>{{ runs|length }} run{{ "s" if runs|length != 1 }}:
 {% for state, count in counts.items() %}
 <span class="state {{ state|replace(" ", "-") }}">{{ count }} {{ state }}</span>{{ "; " if loop.last else ", " }}

@@ -181,12 +181,15 @@ def read_published(path=None):
     """Published numbers: a data frame with columns method, venue, dataset, setting, category ("mean" or a name), metric (a key like ours),
     value (percent, NaN: not available), source and note.
 
-    path: a CSV file; None: nbs/experiments/published.csv of the repository that the package was installed from. Raises `InputError` if it
-    is not there or lacks a column.
+    path: a CSV file; None: nbs/experiments/published.csv of the repository that the package was installed from, and None is returned where
+    the package came without it. Raises `InputError` if the file given is not there or lacks a column.
     """
-    path = Path(path or Path(adiff.__file__).resolve().parent.parent / "nbs/experiments/published.csv")
+    ours = Path(adiff.__file__).resolve().parent.parent / "nbs/experiments/published.csv"
+    if path is None and not ours.is_file():
+        return None
+    path = Path(path or ours)
     if not path.is_file():
-        raise InputError(f"{path}: no published numbers here; install adiff from a clone of its repository, or give a CSV file")
+        raise InputError(f"{path}: no such file; give a CSV file of published numbers")
     published = pd.read_csv(path, dtype={"category": str}, keep_default_na=False, na_values={"value": [""]})
     missing = {"method", "venue", "dataset", "setting", "category", "metric", "value", "source", "note"} - set(published)
     if missing:
