@@ -236,7 +236,7 @@ def test_printed_means_count_for_a_whole_dataset(tmp_path):
 
 def test_published_numbers_are_found_or_asked_for(tmp_path):
     assert {"mvtec_ad", "visa"} <= set(tables.read_published().dataset)
-    with pytest.raises(InputError, match="no published numbers here"):
+    with pytest.raises(InputError, match="no such file"):
         tables.read_published(tmp_path / "none.csv")
     (tmp_path / "bad.csv").write_text("method,value\nx,1\n")
     with pytest.raises(InputError, match="has no column category"):
