@@ -296,7 +296,8 @@ def _points(axis, cost, quality, styles):
         else:
             axis.xaxis.set_major_formatter("{x:g}")
     for name in cost.index:
-        axis.plot(cost[name], quality[name], styles[name]["marker"], color=styles[name]["color"], markersize=7, alpha=0.85, clip_on=False, zorder=3)
+        look = {part: styles[name][part] for part in ("color", "marker")}
+        axis.plot(cost[name], quality[name], **look, markersize=7, alpha=0.85, clip_on=False, zorder=3)
     axis.margins(0.08)
 
 
@@ -308,7 +309,8 @@ def _label_points(axis, cost, quality, styles, distance):
     for name, at in zip(defined, share):
         x = cost[name] if not np.isnan(cost[name]) else axis.get_xlim()[1]
         axis.annotate(name, (x, quality[name]), (1.06, at), textcoords=axis.transAxes, va="center",
-                      fontsize=7.5, arrowprops=dict(arrowstyle="-", relpos=(0, 0.5), color=styles[name]["color"], linewidth=0.6, alpha=0.7), annotation_clip=False)
+                      fontsize=7.5, annotation_clip=False,
+                      arrowprops=dict(arrowstyle="-", relpos=(0, 0.5), color=styles[name]["color"], linewidth=0.6, alpha=0.7))
 
 # %% ../nbs/44_gallery.ipynb #ebdd0cc4
 def gap_heatmap(gaps, label):
@@ -361,7 +363,8 @@ def variant_curves(curves, styles=None, kind="roc", most=8):
     if len(curves) <= most:
         figure, ((axis,),) = _subplots(1, 1, figsize=(WIDTH, 4.2))
         for name, curve in thin.items():
-            axis.plot(*curve, color=styles[name]["color"], linestyle=styles[name]["linestyle"], label=f"{wrapped(name, 40)}: {area} {areas[name]:.3f}")
+            look = {part: styles[name][part] for part in ("color", "linestyle")}
+            axis.plot(*curve, **look, label=f"{wrapped(name, 40)}: {area} {areas[name]:.3f}")
         axis.plot([0, limit], [0, limit], color="0.6", linewidth=1, zorder=0, label="chance")
         axis.set(xlabel=x, ylabel=y, xlim=(0, limit), ylim=(0, 1.02))
         axis.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
@@ -452,8 +455,8 @@ class Evidence:
     def leading(self):
         "The metrics that figures show: the first is on files, the others, where there are masks, on pixels."
         known = set(self.tidy.metric[self.tidy.value.notna()])
-        wanted = ("image_auroc", "pixel_ap", "aupro") if "pixel_ap" in known else ("image_auroc", "image_ap", "image_pauc" if self.kind == "sound" else "image_f1_max")
-        return [metric for metric in wanted if metric in known]
+        wanted = ("pixel_ap", "aupro") if "pixel_ap" in known else ("image_ap", "image_pauc" if self.kind == "sound" else "image_f1_max")
+        return [metric for metric in ("image_auroc", *wanted) if metric in known]
 
     def leaves(self, first_seed=False):
         "One row per run folder and category: variant, seed, category, folder."
@@ -570,10 +573,11 @@ def draw_sounds(evidence):
     files = example_files(evidence)
     files = [files[i] for i in np.unique(np.linspace(0, len(files) - 1, 4).round().astype(int))]
     names = set(evidence.variants).intersection(*(file["maps"] for file in files))
-    files = [{**file, "title": file["title"].replace("\n", ": "), "maps": {name: file["maps"][name] for name in evidence.variants if name in names}}
-             for file in files]
-    caption = (f"{evidence.dataset}: log-mel spectrogram of a test file (above) and, for every variant, the maximum of its anomaly map over frequency at "
-               "every time (below). Of a long sound, the loudest window. Each variant on its own scale, from the median to the 99.5 % quantile of its maps.")
+    names = [name for name in evidence.variants if name in names]
+    files = [{**file, "title": file["title"].replace("\n", ": "), "maps": {name: file["maps"][name] for name in names}} for file in files]
+    caption = (f"{evidence.dataset}: log-mel spectrogram of a test file (above) and, for every variant, the maximum of its anomaly map over "
+               "frequency at every time (below). Of a long sound, the loudest window. Each variant on its own scale, from the median to the "
+               "99.5 % quantile of its maps.")
     return sound_strips(files, sound_axes(evidence)), caption
 
 
@@ -586,7 +590,8 @@ def draw_ablation(evidence):
     for axis in figure.axes:
         axis.set_xlabel("percent" + {"std": " (± std over seeds)", "interval": " (95 % interval)", "": ""}[kind], fontsize=8)
     caption = (f"{evidence.dataset} ({evidence.extent()}): mean over categories and seeds. Bars start at the value of {evidence.variants[0]} (dashed); "
-               f"numbers are the value and its difference to that in percentage points. " + (f"Whiskers: {meaning[kind]}." if kind else "No error bars: one seed, no interval."))
+               f"numbers are the value and its difference to that in percentage points. "
+               + (f"Whiskers: {meaning[kind]}." if kind else "No error bars: one seed, no interval."))
     return figure, caption
 
 
@@ -608,7 +613,7 @@ def draw_cost(evidence):
         raise LeftOut("no cost was measured")
     caption = (f"{evidence.dataset} ({evidence.extent()}): cost of detection per test file against quality, means over categories and seeds. Up is better, "
                "left is cheaper. Seconds were measured on the machine of the runs"
-               + (" and include only detection; network calls are counted and do not depend on it." if "network_calls" in costs else "; they include only detection."))
+               + ("; network calls are counted and do not depend on it." if "network_calls" in costs else "."))
     return cost_against_quality(costs.join(quality), qualities, evidence.styles, evidence.kind), caption
 
 
@@ -700,9 +705,9 @@ def draw_histograms(evidence):
     scores = standardise(evidence.scores())
     if scores.standard.isna().all():
         raise LeftOut("no category has two normal test files with different scores")
-    caption = (f"{evidence.dataset} ({evidence.extent()}): image scores of normal (grey) and anomalous (coloured) test files, in standard deviations of the "
+    caption = (f"{evidence.dataset} ({evidence.extent()}): scores of normal (grey) and anomalous (coloured) test files, in standard deviations of the "
                "normal test files of the same category and seed, all categories and seeds together; the outermost bins hold everything beyond.")
-    return variant_histograms(scores, evidence.styles), caption.replace("image scores", "clip scores" if evidence.kind == "sound" else "image scores")
+    return variant_histograms(scores, evidence.styles), caption
 
 # %% ../nbs/44_gallery.ipynb #0791466c
 FIGURES = {"qualitative": draw_qualitative, "sounds": draw_sounds, "ablation": draw_ablation, "cost": draw_cost,
