@@ -58,10 +58,11 @@ _seed = click.option("--seed", default=0, show_default=True, help="seed of weigh
 @click.option("--overrides", default="{}", help="JSON object of config keys, as '{\"codec\": \"taef2\"}'")
 @click.option("--split-table", type=click.Path(), help="CSV that says which image is for what")
 @click.option("--resume", is_flag=True, help="go on with an interrupted run")
+@click.option("--processes", type=click.IntRange(min=1), help="how many train together; default: one per GPU, 1 without")
 @click.option("--each", is_flag=True, help="one detector per category, trained and evaluated in OUT/CATEGORY")
 @_seed
 @_device
-def fit(method, data, out_dir, preset, categories, overrides, split_table, resume, each, seed, device):
+def fit(method, data, out_dir, preset, categories, overrides, split_table, resume, processes, each, seed, device):
     """Train METHOD on the normal images or sounds in DATA (a dataset, or any folder of files) and write a run folder.
 
     METHOD is deco, adiff, or a baseline: autoencoder, ddpm, ddpm-simplex, padim, knn; for sounds also dense-autoencoder,
@@ -70,7 +71,7 @@ def fit(method, data, out_dir, preset, categories, overrides, split_table, resum
     from adiff import experiment, report
 
     options = dict(preset=preset, categories=categories, seed=seed, device=device, overrides=experiment.parse_overrides(overrides),
-                   resume=resume, split_table=split_table)
+                   resume=resume, split_table=split_table, processes=processes)
     if each:
         metrics = experiment.run_each(method, data, out_dir, **options)
         click.echo(report.metrics_text(metrics))
@@ -81,7 +82,7 @@ def fit(method, data, out_dir, preset, categories, overrides, split_table, resum
 
 @main.command(epilog="Example:  adiff evaluate runs/bottle")
 @click.argument("run", type=click.Path())
-@click.option("--save-maps", is_flag=True, help="also write every anomaly map as a 16-bit PNG")
+@click.option("--save-maps", is_flag=True, help="also write every anomaly map as a 32-bit TIFF")
 @_device
 def evaluate(run, save_maps, device):
     "Measure the run folder RUN on its test files: metrics.json, scores.csv, figures."
@@ -155,7 +156,7 @@ def _values(texts, option):
 @click.argument("matrix")
 @click.option("--out", "out_dir", type=click.Path(), help="folder to write; default: runs/MATRIX")
 @click.option("--dry-run", is_flag=True, help="show the runs, how they stand and how long they may take; run nothing")
-@click.option("--only", multiple=True, metavar="AXIS=VALUES", help="keep these values of an axis, separated by commas")
+@click.option("--only", multiple=True, metavar="AXIS=VALUES", help="keep these values of an axis (or group), separated by commas")
 @click.option("-p", "--parameter", "parameters", multiple=True, metavar="NAME=VALUE", help="a parameter for all runs")
 @click.option("--data", multiple=True, metavar="NAME=FOLDER", help="where a dataset of the matrix is")
 @click.option("--retry", is_flag=True, help="run again what failed")

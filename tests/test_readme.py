@@ -46,15 +46,42 @@ def test_python_block(repository, workplace):
     assert names["detector"].config.categories == ["normal"]
 
 
+def adiff_commands(repository):
+    lines = [line.split("#")[0] for block in blocks(repository, "sh") for line in block.splitlines() if line.startswith("adiff ")]
+    return [shlex.split(line)[1:] for line in lines]
+
+
+def run(*arguments):
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, (arguments, result.output)
+    return result.output
+
+
 def test_adiff_commands(repository, workplace):
-    commands = [line.split("#")[0] for block in blocks(repository, "sh") for line in block.splitlines() if line.startswith("adiff ")]
-    assert [shlex.split(command)[1] for command in commands] == ["demo", "fit", "detect", "fit", "detect", "fit", "evaluate", "fit"]
+    commands = [command for command in adiff_commands(repository) if command[0] not in ("reproduce", "table")]
+    assert [command[0] for command in commands] == ["demo", "fit", "detect", "fit", "detect", "fit", "evaluate", "fit"]
     for command in commands:
-        result = CliRunner().invoke(main, shlex.split(command)[1:])
-        assert result.exit_code == 0, (command, result.output)
+        run(*command)
     for made in ("detections/scores.csv", "runs/bottle/report.html", "heard/windows.csv", "runs/demo_audio/run_sounds/report.html",
                  "runs/svm/siren/metrics.json"):
         assert (workplace / made).exists(), made
+    shutil.copytree("runs/bottle", "runs/demo/runs/bottle")  # test_reproduce.py carries matrices out
+    (table,) = [command for command in adiff_commands(repository) if command[0] == "table"]
+    assert "bottle" in run(*table)
+
+
+def test_matrices_plan(repository, workplace):
+    "Every reproduce command of the README plans its runs; where they would be carried out is left to test_reproduce.py."
+    commands = [command for command in adiff_commands(repository) if command[0] == "reproduce"]
+    assert len(commands) >= 9 and {"demo", "deco_mvtec", "ablation_deco", "ablation_adiff", "baselines"} <= {command[1] for command in commands}
+    for command in commands:
+        here = [part.replace("/datasets/", "data/") for part in command if part != "--dry-run"]
+        if command[1] == "deco_mvtec":
+            here += ["--only", "categories=bottle"]  # the only category in this place
+        if command[1] in ("ablation_adiff", "baselines"):
+            here = [part.replace("bottle,dog_bark,drilling,siren", "bottle,dog_bark,siren") for part in here]
+            here += ["--only", "categories=dog_bark,siren"] if "group=sounds" in here else []
+        assert "new" in run(*here, "--dry-run"), command
 
 
 def test_named_files_and_parameters_exist(repository):
@@ -62,7 +89,7 @@ def test_named_files_and_parameters_exist(repository):
     for name in re.findall(r"(?:data_scripts|nbs)/[\w/]+\.(?:py|ipynb)", text):
         assert (repository / name).exists(), name
     commands = re.findall(r"^papermill (.*)$", text, re.MULTILINE)
-    assert len(commands) >= 6
+    assert len(commands) >= 3
     for command in commands:
         known = papermill.inspect_notebook(repository / shlex.split(command)[0])
         assert set(re.findall(r"-p (\w+)", command)) <= set(known), command
