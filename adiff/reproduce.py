@@ -190,7 +190,8 @@ def make_outputs(out):
         else:
             _draw(notebook, out)
             write_json(out/"outputs.json", made_from)
-    print(f"look at: {write_site(out)}")
+    write_site(out)
+    print(f"look at: {out/'site/index.html'}")
 
 
 def _draw(notebook, out):

@@ -37,7 +37,7 @@ def find_leaves(folder):
             if done.exists() and read_json(done)["identity"] == run["identity"]:
                 found += [(leaf, {**run, "matrix": about["matrix"], "folder": done.parent}) for leaf in _leaves(done.parent)]
         if not found:
-            raise InputError(f"{folder}: none of its {len(about['runs'])} runs is finished; run adiff reproduce again, or look at runs/*/log.txt")
+            raise InputError(f"{folder}: none of its {len(about['runs'])} runs has metrics; run adiff reproduce again, or look at runs/*/log.txt")
         return found
     for leaf in _leaves(folder):
         owner = next((one for one in (leaf, leaf.parent) if (one / "run.json").exists()), leaf)

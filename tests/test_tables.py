@@ -117,7 +117,7 @@ def test_any_folder_of_runs_is_collected(out, tidy):
 
 def test_a_matrix_counts_only_what_it_lists_and_what_is_done(out, tmp_path):
     write_json(tmp_path / "matrix.json", {**read_json(out / "matrix.json"), "runs": read_json(out / "matrix.json")["runs"][-1:]})
-    with pytest.raises(InputError, match="none of its 1 runs is finished"):
+    with pytest.raises(InputError, match="none of its 1 runs has metrics"):
         tables.collect(tmp_path)
 
 
