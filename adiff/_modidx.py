@@ -721,6 +721,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'adiff.training.batch_indices': ('training.html#batch_indices', 'adiff/training.py'),
                                 'adiff.training.checked': ('training.html#checked', 'adiff/training.py'),
                                 'adiff.training.denoising_losses': ('training.html#denoising_losses', 'adiff/training.py'),
+                                'adiff.training.held_out_scores': ('training.html#held_out_scores', 'adiff/training.py'),
                                 'adiff.training.learning_rate_factor': ('training.html#learning_rate_factor', 'adiff/training.py'),
                                 'adiff.training.load_checkpoint': ('training.html#load_checkpoint', 'adiff/training.py'),
                                 'adiff.training.make_codec': ('training.html#make_codec', 'adiff/training.py'),

@@ -20,7 +20,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 # %% ../nbs/00_core.ipynb #950671be
@@ -149,7 +148,8 @@ def derive_seed(seed, *names):
 
 def set_seed(seed):
     "Seeds python, numpy and torch (every device)."
-    import torch  # here and below: heavy, so only where it is used; `adiff --help` must start at once
+    import numpy as np  # here and below: heavy, so only where it is used; `adiff --help` must start at once
+    import torch
 
     random.seed(seed)
     np.random.seed(seed % 2**32)

@@ -58,10 +58,10 @@ class Discrepancy(ModelMixin, ConfigMixin):
     """What every discrepancy offers; subclasses define `forward`.
 
     A subclass must hold at least one tensor: diffusers reads a module's device and type off it. `limit` is the upper
-    end of its final map, None if that is open.
+    end of its final map, None if that is open. `normalized` says whether its final map depends on `fit_normalization`.
     """
 
-    limit = None
+    limit, normalized = None, False
 
     def forward(self, z, corrected, reference, reconstruction, size, network=None):
         """All maps as a dict, name -> float32 (N, size, size), larger = more anomalous; "anomaly" is the final one.

@@ -91,8 +91,7 @@ def main(arguments=None):
 
 def _die_with_parent():
     "Ends this process once standard input ends; the kernel notices that it lost its parent, and ends too."
-    while sys.stdin.buffer.read(1024):
-        pass
+    os.read(0, 1)  # nobody writes; this returns when the other end closes (sys.stdin would be waited for at the end of python)
     os._exit(1)
 
 # %% ../nbs/61_engines.ipynb #583cc203

@@ -30,6 +30,8 @@ class SemanticDiscrepancy(Discrepancy):
     Raises `InputError` for an unknown extractor and a weight outside [0, 1].
     """
 
+    normalized = True
+
     @register_to_config
     def __init__(self, extractor="efficientnet-lite0", semantic_weight=0.5, scales=(1, 2, 4), sigma=4.0, grid=16,
                  depths=None, input_size=224):

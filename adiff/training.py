@@ -6,15 +6,17 @@ repeated."""
 # %% auto #0
 __all__ = ['TrainingConfig', 'DetectorConfig', 'checked', 'make_frame', 'make_codec', 'learning_rate_factor', 'augment',
            'TrainingLatents', 'batch_indices', 'denoising_losses', 'own_part', 'validation_loss', 'own_generators',
-           'save_checkpoint', 'load_checkpoint', 'train', 'write_log', 'train_network', 'normal_maps', 'normal_scores']
+           'save_checkpoint', 'load_checkpoint', 'train', 'write_log', 'train_network', 'normal_maps', 'normal_scores',
+           'held_out_scores']
 
-# %% ../nbs/51_training.ipynb #7e38fc97
+# %% ../nbs/51_training.ipynb #355ec9c6
 import json
 import math
 import time
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -247,8 +249,7 @@ def train(detector, dataset, config, out_dir=None, resume=False, device=None):
         detector.discrepancy.fit(detector.codec.encode(detector.resize(frames.to(detector.device)))
                                  for _, frames in Frames(dataset, normals, detector.frame).batches())
     if not held_out.empty:
-        detector.discrepancy.fit_normalization(maps for maps, _ in normal_maps(detector, dataset, held_out))
-        detector.calibrate(normal_scores(detector, dataset, held_out), held_out.category)
+        detector.calibrate(held_out_scores(detector, dataset, held_out), held_out.category)
     if not log:
         log = [{"step": 0, "seconds": round(time.monotonic() - began, 3)}]
         if out_dir is not None and accelerator.is_main_process:
@@ -364,3 +365,22 @@ def normal_scores(detector, dataset, rows):
     maps, owners = zip(*normal_maps(detector, dataset, rows))
     scores = torch.cat([map_scores(one["anomaly"], detector.config.top_share).cpu() for one in maps])
     return scores[loudest(scores, torch.cat(owners))].numpy()
+
+
+def held_out_scores(detector, dataset, rows, folds=5):
+    """Scores (n,) float32 of held-out normal `rows` as new files would have them, for calibration; fits the normalisation of maps, too.
+
+    Under a normalisation that has seen it, a file looks more normal than a new one would, and a threshold from such scores gives too
+    many false alarms. So each fold is scored under the normalisation of the others; the one that stays has seen all.
+    """
+    def normalize(some):
+        detector.discrepancy.fit_normalization(maps for maps, _ in normal_maps(detector, dataset, some.reset_index(drop=True)))
+
+    scores = normal_scores(detector, dataset, rows)
+    if detector.discrepancy.normalized and len(rows) > 1:
+        fold = np.arange(len(rows)) % folds
+        for number in range(min(folds, len(rows))):
+            normalize(rows[fold != number])
+            scores[fold == number] = normal_scores(detector, dataset, rows[fold == number].reset_index(drop=True))
+    normalize(rows)
+    return scores

@@ -13,9 +13,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from adiff.core import read_json
+from adiff.engines import make_engine
 from adiff.matrix import matrices_folder, plan, read_matrix
-from adiff.reproduce import describe_plan, reproduce, state
+from adiff.reproduce import _carry_out, _write_run, describe_plan, reproduce, state
 
 KERNEL = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
 MOMENT = "{length: 6, batch_size: 4, augmentations: [], checkpoint_every: 2}"
@@ -196,11 +196,11 @@ def test_planning_and_overhead(tmp_path):
             subprocess.run([sys.executable, "-m", "papermill", tmp_path / "trivial.ipynb", tmp_path / "out.ipynb", "-p", "x", str(x), "--no-progress-bar"],
                            check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
+    planned = plan(tmp_path / "few.yaml")
+
     def ours(repeat):
-        from adiff.engines import make_engine
-        from adiff.reproduce import _carry_out, _write_run
         out = tmp_path / f"out{repeat}"
-        runs = {out / "runs" / run.folder: run for run in plan(tmp_path / "few.yaml")}
+        runs = {out / "runs" / run.folder: run for run in planned}
         for folder, run in runs.items():
             _write_run(out, folder, run)
         _carry_out(make_engine("local", out, 1), out, runs, {"few": None})
@@ -272,11 +272,10 @@ def test_full_disk(squares, tmp_path):
     try:
         reproduce(squares, disk / "out", only={"x": ["1"]}, jobs=1)
         done = {path: path.read_bytes() for path in disk.glob("out/runs/*/*") if path.is_file() and path.suffix in (".json", ".txt", ".ipynb")}
-        with open(disk / "filler", "wb") as file:
+        with open(disk / "filler", "wb", buffering=0) as file:
             try:
                 while True:
                     file.write(bytes(4096))
-                    file.flush()
             except OSError:
                 pass
         answer = adiff("reproduce", squares, "--out", disk / "out", "--jobs", "1")
