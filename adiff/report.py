@@ -12,13 +12,9 @@ import jinja2
 import pandas as pd
 
 from .core import InputError, atomic_path, read_json
-from .metrics import METRIC_NAMES
+from .metrics import METRIC_NAMES, metric_title
 
-# %% ../nbs/54_report.ipynb #f956dd64
-_titles = {"image_pauc": "image pAUC", "image_auroc": "image AUROC", "image_ap": "image AP", "image_f1_max": "image F1-max", "pixel_auroc": "pixel AUROC",
-           "pixel_ap": "pixel AP", "pixel_f1_max": "pixel F1-max", "aupro": "AUPRO"}
-
-
+# %% ../nbs/54_report.ipynb #de543722
 def metrics_table(metrics):
     """A table of strings, one row per category and their mean, from the content of a metrics.json; values in percent.
 
@@ -30,7 +26,7 @@ def metrics_table(metrics):
     if sounds and several:
         rows["harmonic mean"] = {**dict.fromkeys(names), **metrics["harmonic_mean"], "n_train": "", "n_test": ""}
     return pd.DataFrame({
-        name: {_titles[key].replace("image", "clip" if sounds else "image"): "not available" if row[key] is None else f"{100 * row[key]:.1f}"
+        name: {metric_title(key, metrics.get("kind")): "not available" if row[key] is None else f"{100 * row[key]:.1f}"
                for key in names} | {"train": str(row["n_train"]), "test": str(row["n_test"])} for name, row in rows.items()}).T
 
 
