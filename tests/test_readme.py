@@ -47,7 +47,8 @@ def test_python_block(repository, workplace):
 
 
 def adiff_commands(repository):
-    lines = [line.split("#")[0] for block in blocks(repository, "sh") for line in block.splitlines() if line.startswith("adiff ")]
+    lines = [line.split("#")[0] for block in blocks(repository, "sh") for line in block.replace("\\\n", "").splitlines()
+             if line.startswith("adiff ")]
     return [shlex.split(line)[1:] for line in lines]
 
 
