@@ -360,6 +360,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'adiff.engines._Task.__call__': ('engines.html#_task.__call__', 'adiff/engines.py'),
                                'adiff.engines._Task.__init__': ('engines.html#_task.__init__', 'adiff/engines.py'),
                                'adiff.engines._Task.checkpoint': ('engines.html#_task.checkpoint', 'adiff/engines.py'),
+                               'adiff.engines._child': ('engines.html#_child', 'adiff/engines.py'),
                                'adiff.engines._die_with_parent': ('engines.html#_die_with_parent', 'adiff/engines.py'),
                                'adiff.engines._explain': ('engines.html#_explain', 'adiff/engines.py'),
                                'adiff.engines._one_line': ('engines.html#_one_line', 'adiff/engines.py'),

@@ -6,7 +6,7 @@
 __all__ = ['ENGINES', 'execute', 'main', 'Engine', 'command', 'visible_gpus', 'available_memory_gb', 'LocalEngine',
            'SubmititEngine', 'SbatchEngine', 'RayEngine', 'make_engine']
 
-# %% ../nbs/61_engines.ipynb #e1f3712c
+# %% ../nbs/61_engines.ipynb #66e04e22
 import datetime
 import json
 import os
@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -160,16 +161,14 @@ class LocalEngine(Engine):
         while self.queue and self.free:
             folder, gpu = self.queue.pop(0), self.free.pop(0)
             settings = {"OMP_NUM_THREADS": str(self.threads), **({"CUDA_VISIBLE_DEVICES": gpu} if gpu is not None else {})}
-            child = subprocess.Popen(command(folder, self.device, child=True), env={**os.environ, **settings}, stdin=subprocess.PIPE,
-                                     stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)  # Ctrl-C is ours alone
-            self.children[folder] = child, gpu
+            self.children[folder] = *_child(folder, self.device, settings), gpu
 
     def poll(self):
-        ended = [folder for folder, (child, _) in self.children.items() if child.poll() is not None]
+        ended = [folder for folder, (child, _, _) in self.children.items() if child.poll() is not None]
         for folder in ended:
-            child, gpu = self.children.pop(folder)
+            child, said, gpu = self.children.pop(folder)
             self.free.append(gpu)
-            _explain(folder, child.returncode, child.communicate()[1].decode(errors="replace"))
+            _explain(folder, child, said)
         self._start()
         return ended
 
@@ -178,22 +177,34 @@ class LocalEngine(Engine):
 
     def cancel(self):
         self.queue.clear()
-        for child, _ in self.children.values():
+        for child, _, _ in self.children.values():
             child.kill()
-        for child, _ in self.children.values():
-            child.communicate()
+        for child, _, _ in self.children.values():
+            child.wait()
         self.children.clear()
 
 
-def _explain(folder, code, printed):
-    "Leaves failed.json for a run that ended without saying why: killed, out of memory, or it could not start."
+def _child(folder, device, settings):
+    "Starts the run in `folder` as a child that ends with this process, and the file in which it says what went wrong."
+    said = tempfile.TemporaryFile()  # a pipe that nobody empties would stop it one day
+    child = subprocess.Popen(command(folder, device, child=True), env={**os.environ, **settings}, stdin=subprocess.PIPE,
+                             stdout=subprocess.DEVNULL, stderr=said, start_new_session=True)  # Ctrl-C is ours alone
+    return child, said
+
+
+def _explain(folder, child, said):
+    "Leaves failed.json for a child that ended without saying there why: killed, out of memory, or it could not start."
+    with child.stdin, said:
+        said.seek(0)
+        lines = said.read().decode(errors="replace").splitlines()
+    code = child.returncode
     if (folder/"done.json").exists() or (folder/"failed.json").exists() or code == 0:
         return
-    said = next((line for line in reversed(printed.splitlines()) if line.startswith("adiff: ")), "").removeprefix("adiff: ")
-    reason = said or (f"ended by signal {-code} ({signal.Signals(-code).name}); out of memory?" if code < 0 else f"ended with exit code {code}")
+    ended = f"ended by signal {-code} ({signal.Signals(-code).name}); out of memory?" if code < 0 else f"ended with exit code {code}"
+    reason = next((line.removeprefix("adiff: ") for line in reversed(lines) if line.startswith("adiff: ")), ended)
     try:
         write_json(folder/"failed.json", {"error": reason, "seconds": None})
-    except OSError:  # a full disk: the summary will say that there is no result
+    except (OSError, InputError):  # a full disk: the summary will say that there is no result
         print(f"adiff: {folder.name}: {reason}", file=sys.stderr)
 
 # %% ../nbs/61_engines.ipynb #d5053939
@@ -204,9 +215,9 @@ class _Task:
         self.device = device
 
     def __call__(self, folder):
-        child = subprocess.Popen(command(folder, self.device, child=True), stdin=subprocess.PIPE, stderr=subprocess.PIPE)
-        printed = child.stderr.read().decode(errors="replace")  # no communicate(): it would close the input, by which the run dies
-        _explain(Path(folder), child.wait(), printed)
+        child, said = _child(folder, self.device, {})
+        child.wait()
+        _explain(Path(folder), child, said)
 
     def checkpoint(self, folder):
         from submitit.helpers import DelayedSubmission
