@@ -29,4 +29,4 @@ export: .venv/installed
 	@touch $@
 
 clean:
-	rm -rf .venv runs _docs
+	rm -rf .venv runs reproduced _docs

@@ -154,7 +154,7 @@ def _values(texts, option):
 
 @main.command(epilog="Example:  adiff reproduce demo   or:  adiff reproduce ablation_deco --only categories=bottle --dry-run")
 @click.argument("matrix")
-@click.option("--out", "out_dir", type=click.Path(), help="folder to write; default: runs/MATRIX")
+@click.option("--out", "out_dir", type=click.Path(), help="folder to write; default: reproduced/MATRIX")
 @click.option("--dry-run", is_flag=True, help="show the runs, how they stand and how long they may take; run nothing")
 @click.option("--only", multiple=True, metavar="AXIS=VALUES", help="keep these values of an axis (or group), separated by commas")
 @click.option("-p", "--parameter", "parameters", multiple=True, metavar="NAME=VALUE", help="a parameter for all runs")
@@ -188,7 +188,7 @@ def reproduce(matrix, out_dir, dry_run, only, parameters, data, retry, engine, e
         raise SystemExit(1)
 
 
-@main.command(epilog="Example:  adiff table runs/demo --out tables")
+@main.command(epilog="Example:  adiff table reproduced/demo --out tables")
 @click.argument("runs", nargs=-1, required=True, type=click.Path())
 @click.option("--out", "out_dir", type=click.Path(), help="folder for results.csv, results.parquet and every table as md, tex and html")
 @click.option("--format", "form", default="text", show_default=True, type=click.Choice(["text", "markdown", "latex", "html"]), help="what to print")

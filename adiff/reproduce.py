@@ -91,14 +91,14 @@ def reproduce(matrix, out=None, engine="local", jobs=None, device="auto", parame
               engine_options=None, command=""):
     """Carries out a matrix (a name, or a YAML file) below the folder `out`, and makes its tables, figures and site.
 
-    out: runs/MATRIX by default. engine: a name in `ENGINES`, with engine_options. jobs: runs at once, None for what the machine allows.
+    out: reproduced/MATRIX by default. engine: a name in `ENGINES`, with engine_options. jobs: runs at once, None for what the machine allows.
     parameters, only, data: as `plan` takes them. retry: run again what failed. command: what the user typed, for the results.
     Returns {label: error or None} of all runs of the matrix; {} if the engine does not wait for them. Raises `InputError` before anything runs;
     a run that fails is no error.
     """
     path = matrix_file(matrix)
     runs = plan(path, parameters, only, data)
-    out = ensure_folder(out or Path("runs")/path.stem)
+    out = ensure_folder(out or Path("reproduced")/path.stem)
     with locked(out, patience=2, name=".reproduce"):
         _check_matrix(out, path.stem)
         folders = {out.resolve()/"runs"/run.folder: run for run in runs}
@@ -207,7 +207,7 @@ def describe_plan(matrix, out=None, jobs=None, parameters=None, only=None, data=
     "The runs of a matrix as text, one line each with its state, then the counts and an estimate of the time. Writes nothing."
     path = matrix_file(matrix)
     runs = plan(path, parameters, only, data)
-    out = Path(out or Path("runs")/path.stem)
+    out = Path(out or Path("reproduced")/path.stem)
     if out.is_dir():
         _check_matrix(out, path.stem)
     states = [state(out, run) for run in runs]

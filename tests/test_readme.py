@@ -66,7 +66,7 @@ def test_adiff_commands(repository, workplace):
     for made in ("detections/scores.csv", "runs/bottle/report.html", "heard/windows.csv", "runs/demo_audio/run_sounds/report.html",
                  "runs/svm/siren/metrics.json"):
         assert (workplace / made).exists(), made
-    shutil.copytree("runs/bottle", "runs/demo/runs/bottle")  # test_reproduce.py carries matrices out
+    shutil.copytree("runs/bottle", "reproduced/demo/runs/bottle")  # test_reproduce.py carries matrices out
     (table,) = [command for command in adiff_commands(repository) if command[0] == "table"]
     assert "bottle" in run(*table)
 

@@ -234,7 +234,7 @@ def test_a_missing_dataset_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     answer = adiff("reproduce", "deco_mvtec")
     assert answer.returncode == 2 and "data_scripts/mvtec_ad.py" in answer.stderr and "--data mvtec_ad=" in answer.stderr
-    assert len(answer.stderr.strip().splitlines()) == 1 and not (tmp_path / "runs").exists()
+    assert len(answer.stderr.strip().splitlines()) == 1 and not (tmp_path / "reproduced").exists()
     assert "known: ablation_adiff" in adiff("reproduce", "dmeo").stderr
 
 
