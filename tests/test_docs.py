@@ -116,3 +116,8 @@ def test_search_knows_pages_and_names(site):
     index = (site / "searchindex.js").read_text(encoding="utf-8")
     assert "22_deviation" in index and "random_patch_mask" in index
     assert "searchindex.js" in (site / "search.html").read_text(encoding="utf-8")
+
+
+def test_tables_of_executed_results_are_tables(site):
+    page = (site / "experiments/results/baselines.html").read_text()
+    assert page.count("<table") >= 3 and "| variant |" not in page

@@ -27,6 +27,7 @@ project_copyright = _settings["copyright"]
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.mathjax"]
 
 nb_execution_mode = "off"
+nb_render_markdown_format = "myst"  # the tables in outputs
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
 
