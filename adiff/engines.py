@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 from .core import InputError, atomic_path, ensure_folder, locked, read_json, unknown_name, write_json
@@ -95,19 +96,27 @@ def _die_with_parent():
     os.read(0, 1)  # nobody writes; this returns when the other end closes (sys.stdin would be waited for at the end of python)
     os._exit(1)
 
-# %% ../nbs/61_engines.ipynb #583cc203
-class Engine:
-    "What carries out runs. `waits` says whether its runs end while it is watched, or later; `at_once` how many go on together, if it knows."
+# %% ../nbs/61_engines.ipynb #08f04f91
+class Engine(ABC):
+    "What carries out runs, from a queue. `waits` says whether its runs end while it is watched, or later; `at_once` how many go on together, if it knows."
 
     waits, at_once = True, None
 
+    def __init__(self):
+        self.queue = []
+
     def submit(self, folders):
         "Queues the runs in `folders`."
-        raise NotImplementedError
+        self.queue += map(Path, folders)
+        self._start()
 
+    @abstractmethod
+    def _start(self):
+        "Starts as many runs of the queue as there is room for."
+
+    @abstractmethod
     def poll(self):
         "The runs that ended since the last call, done or not."
-        raise NotImplementedError
 
     def running(self):
         "The runs that are being carried out now."
@@ -143,6 +152,7 @@ class LocalEngine(Engine):
     "Children of this process, `jobs` at a time; by default as many as cores or GPUs, memory (`memory_gb` each) and `runs` allow."
 
     def __init__(self, jobs=None, device="auto", memory_gb=3, runs=None):
+        super().__init__()
         gpus = visible_gpus() if device in ("auto", "cuda") else []
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         fits = max(1, int(available_memory_gb() // memory_gb))
@@ -150,11 +160,7 @@ class LocalEngine(Engine):
         self.device, self.threads = device, max(1, cores // self.at_once)
         shares = [gpus[slot::self.at_once] or [gpus[slot % len(gpus)]] if gpus else None for slot in range(self.at_once)]
         self.free = [",".join(share) if share else None for share in shares]
-        self.queue, self.children = [], {}
-
-    def submit(self, folders):
-        self.queue += map(Path, folders)
-        self._start()
+        self.children = {}
 
     def _start(self):
         "Starts children in free slots."
@@ -235,6 +241,7 @@ class SubmititEngine(Engine):
     def __init__(self, log_folder, jobs=None, device="auto", cluster=None, **options):
         import submitit
 
+        super().__init__()
         self.local, self.device = cluster == "local", device
         self.at_once = jobs or (2 if self.local else None)
         try:
@@ -243,11 +250,7 @@ class SubmititEngine(Engine):
             self.executor.update_parameters(**{"timeout_min": 24 * 60, "name": "adiff", **array, **options})
         except (RuntimeError, NameError, ValueError, TypeError) as error:
             raise InputError(f"submitit: {_one_line(error)}") from None
-        self.queue, self.jobs = [], {}
-
-    def submit(self, folders):
-        self.queue += map(Path, folders)
-        self._start()
+        self.jobs = {}
 
     def _start(self):
         "Submits what has room: on Slurm all in one array, locally (where submitit has no queue) a few at a time."
@@ -293,6 +296,7 @@ class SbatchEngine(Engine):
     waits = False
 
     def __init__(self, script_folder, jobs=None, device="auto", **options):
+        super().__init__()
         self.folder, self.at_once, self.device, self.options = Path(script_folder), jobs, device, options
         for name, value in options.items():
             if not re.fullmatch(r"[a-z][a-z-]*", name) or "\n" in str(value):
@@ -300,7 +304,8 @@ class SbatchEngine(Engine):
         if not shutil.which("sbatch"):
             raise InputError("engine sbatch: no command sbatch on this machine; run this where jobs are submitted, or use --engine local")
 
-    def submit(self, folders):
+    def _start(self):
+        folders, self.queue = self.queue, []
         ensure_folder(self.folder/"logs")
         with atomic_path(self.folder/"folders.txt") as path:
             path.write_text("".join(f"{folder}\n" for folder in folders), encoding="utf-8")
@@ -327,7 +332,8 @@ class RayEngine(Engine):
             import ray
         except ImportError:
             raise InputError("engine ray: Ray is not installed; pip install 'adiff[ray]', or use --engine local") from None
-        self.ray, self.device, self.at_once, self.queue, self.tasks = ray, device, jobs, [], {}
+        super().__init__()
+        self.ray, self.device, self.at_once, self.tasks = ray, device, jobs, {}
         if not ray.is_initialized():
             ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False, include_dashboard=False)
 
@@ -337,10 +343,6 @@ class RayEngine(Engine):
             _Task(device)(folder)
 
         self.carry_out, self.threads = carry_out, max(1, int(num_cpus))
-
-    def submit(self, folders):
-        self.queue += map(Path, folders)
-        self._start()
 
     def _start(self):
         "Hands over to Ray, which has a queue of its own, as many as may run at once."
