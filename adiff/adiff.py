@@ -95,4 +95,5 @@ def build_adiff(config, categories, frame):
         discrepancy=SemanticDiscrepancy.pretrained(
             extractor=config.semantic_extractor, semantic_weight=config.semantic_weight, scales=tuple(config.scales),
             sigma=config.sigma, grid=config.normalization_grid, input_size=config.semantic_input, depths=config.semantic_depths and tuple(config.semantic_depths)),
-        categories=categories, image_size=image_size, protocol=frame, top_share=config.top_share)
+        categories=categories, image_size=image_size, protocol=frame, top_share=config.top_share,
+        mixed_precision=config.mixed_precision)

@@ -27,8 +27,8 @@ def attention_layers(network):
 def attention_maps(network, sample, timestep, layer, class_labels=None):
     """Attention weights (N, heads, queries, keys) of one `layer` while `network` answers; each row sums to 1.
 
-    `network(sample, timestep, class_labels)` is any network of diffusers' blocks, `layer` a name from
-    `attention_layers(network)`; queries and keys are cells of the layer's grid, row by row. The weights are stored in
+    `network(sample, timestep, class_labels)` is any network of diffusers' blocks (`network.plain_forward`, if it has its own way
+    through them), `layer` a name from `attention_layers(network)`; queries and keys are cells of the layer's grid, row by row. The weights are stored in
     full, 4 * heads * cells**2 bytes per sample: choose small samples or coarse layers. Raises `InputError` for an
     unknown layer.
     """
@@ -40,7 +40,7 @@ def attention_maps(network, sample, timestep, layer, class_labels=None):
         lambda module, inputs, options, output: caught.append(_module_weights(module, *inputs, **options)),
         with_kwargs=True)
     try:
-        network(sample, timestep, class_labels)
+        getattr(network, "plain_forward", network)(sample, timestep, class_labels)
     finally:
         hook.remove()
     return caught[0]

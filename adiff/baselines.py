@@ -54,7 +54,7 @@ class SinglePassCorrection(SchedulerMixin, ConfigMixin):
 
     def correct(self, z, predict, on_step=None):
         "`predict(z, 0)` for latents `z` (N, C, h, w); `on_step(0, corrected)` sees the result."
-        corrected = predict(z, torch.zeros(len(z), dtype=torch.int64, device=z.device))
+        corrected = predict(z, 0)
         if on_step is not None:
             on_step(0, corrected)
         return corrected

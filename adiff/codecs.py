@@ -33,6 +33,7 @@ class Codec(ModelMixin, ConfigMixin):
     """
 
     has_decoder = True
+    lossless = False  # whether decoding gives back the image itself, so that it need not be computed
     downsample = 1  # pixels per latent cell, along each axis
 
     @property
@@ -111,6 +112,8 @@ class WaveletCodec(Codec):
     orthogonal and for levels that are not a whole number.
     """
 
+    lossless = True
+
     @register_to_config
     def __init__(self, wavelet="haar", levels=2, image_channels=3):
         super().__init__()
@@ -130,6 +133,8 @@ class PixelCodec(Codec):
 
     `levels` 0 leaves the image as it is. The scale is the identity until `fit_scale` has measured one.
     """
+
+    lossless = True
 
     @register_to_config
     def __init__(self, levels=2, image_channels=3):

@@ -81,4 +81,5 @@ def build_deco_diff(config, categories, frame):
             levels=tuple(config.discrepancy_levels), combination=config.combination, pixel_cap=config.pixel_cap,
             latent_cap=config.latent_cap, pixel_sigma=config.pixel_sigma * image_size / 256,
             latent_sigma=config.latent_sigma, feature_cap=config.feature_cap),
-        categories=categories, image_size=image_size, protocol=frame, top_share=config.top_share)
+        categories=categories, image_size=image_size, protocol=frame, top_share=config.top_share,
+        mixed_precision=config.mixed_precision)

@@ -148,7 +148,7 @@ class DeviationCorrection(SchedulerMixin, ConfigMixin):
     """DeCo-Diff's correction: deterministic steps from the sample itself towards normal, without adding noise.
 
     `num_inference_steps` of the `num_train_timesteps` are visited, in an integer stride (official code's behaviour). Of these, those
-    above `starting_step` are left out, if it is given: a lower start corrects less.
+    above `starting_step` are left out, if it is given: a lower start corrects less. A single step is made from `starting_step` itself.
     """
 
     @register_to_config
@@ -158,13 +158,14 @@ class DeviationCorrection(SchedulerMixin, ConfigMixin):
 
     def set_timesteps(self, num_inference_steps):
         "Chooses the timesteps to visit, highest first. Raises `InputError` if no integer stride gives that many."
-        total = self.config.num_train_timesteps
+        total, start = self.config.num_train_timesteps, self.config.starting_step
         strides = {len(range(0, total, stride)): range(0, total, stride) for stride in range(total - 1, 0, -1)}
+        if start is not None:
+            strides[1] = [start]
         if num_inference_steps not in strides:
             raise InputError(f"num_inference_steps {num_inference_steps} has no integer stride through {total} timesteps; "
                              f"use one of {', '.join(map(str, sorted(strides)))}")
-        start = total if self.config.starting_step is None else self.config.starting_step
-        self.timesteps = torch.tensor([t for t in reversed(strides[num_inference_steps]) if t <= start])
+        self.timesteps = torch.tensor([t for t in reversed(strides[num_inference_steps]) if start is None or t <= start])
 
     def step(self, model_output, timestep, sample):
         "One step from `timestep` to the next lower visited one, along `model_output` h; all tensors (N, C, h, w)."
@@ -178,11 +179,10 @@ class DeviationCorrection(SchedulerMixin, ConfigMixin):
     def correct(self, z, predict, on_step=None):
         """Runs all steps from latents `z` (N, C, h, w); the correction socket of the detector.
 
-        `predict(z, t)` is the network's answer (N, C, h, w) with timesteps `t` (N,); `on_step(t, z)` sees every new z.
+        `predict(z, t)` is the network's answer (N, C, h, w) at the timestep t, a number; `on_step(t, z)` sees every new z.
         """
-        for timestep in self.timesteps.tolist():
-            t = torch.full((len(z),), timestep, device=z.device)
-            z = self.step(predict(z, t), timestep, z).prev_sample
+        for t in self.timesteps.tolist():
+            z = self.step(predict(z, t), t, z).prev_sample
             if on_step is not None:
-                on_step(timestep, z)
+                on_step(t, z)
         return z

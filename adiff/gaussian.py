@@ -153,7 +153,7 @@ class PartialNoisingCorrection(SchedulerMixin, ConfigMixin):
     def correct(self, z, predict, on_step=None):
         """Noises latents `z` (N, C, h, w) and returns them to normal; the correction socket of the detector.
 
-        `predict(z, t)` is the network's answer (N, C, h, w) with timesteps `t` (N,); `on_step(t, z)` sees every new z
+        `predict(z, t)` is the network's answer (N, C, h, w) at the timestep t, a number; `on_step(t, z)` sees every new z
         of the first seed. The network is called num_seeds * num_inference_steps times.
         """
         total = torch.zeros_like(z)
@@ -162,10 +162,9 @@ class PartialNoisingCorrection(SchedulerMixin, ConfigMixin):
             self.scheduler.set_begin_index(0)
             noise = self.draw(k, z.shape[1:]).to(z).expand_as(z)
             sample = self.scheduler.add_noise(z, noise, self.timesteps[:1].expand(len(z)))
-            for timestep in self.timesteps.tolist():
-                t = torch.full((len(z),), timestep, device=z.device)
-                sample = self.scheduler.step(predict(sample, t), timestep, sample).prev_sample
+            for t in self.timesteps.tolist():
+                sample = self.scheduler.step(predict(sample, t), t, sample).prev_sample
                 if on_step is not None and k == 0:
-                    on_step(timestep, sample)
+                    on_step(t, sample)
             total += sample
         return total / self.config.num_seeds

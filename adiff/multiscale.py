@@ -15,6 +15,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
 from .core import InputError, unknown_name
+from .machine import use_pointwise
 from .wavelets import WaveletDownsample, WaveletUpsample
 
 # %% ../nbs/25_multiscale.ipynb #222ddd80
@@ -49,13 +50,13 @@ class MultiScaleUNet(ModelMixin, ConfigMixin):
         super().__init__()
         channels = tuple(base_channels * multiplier for multiplier in channel_multipliers)
         attended = _attended(attention_levels, channels, head_channels)
-        self.unet = UNet2DModel(
+        self.unet = use_pointwise(UNet2DModel(
             in_channels=in_channels, out_channels=in_channels, layers_per_block=layers_per_block, dropout=dropout,
             block_out_channels=channels, norm_num_groups=_norm_groups(base_channels),
             down_block_types=tuple("AttnDownBlock2D" if here else "DownBlock2D" for here in attended),
             up_block_types=tuple("AttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attended)),
             add_attention=any(attended), attention_head_dim=head_channels,  # here diffusers means the width of a head
-        )
+        ))
         if wavelet_sampling:
             for block, width in zip(self.unet.down_blocks[:-1], channels):
                 block.downsamplers[0] = WaveletDownsample(width, wavelet)
@@ -79,7 +80,7 @@ class MultiScaleUNet(ModelMixin, ConfigMixin):
         """
         height, width = sample.shape[-2:]
         step = 2**(len(self.config.channel_multipliers) - 1)
-        padded = F.pad(sample, (0, -width % step, 0, -height % step), mode="replicate")
+        padded = F.pad(sample, (0, -width % step, 0, -height % step), mode="replicate").contiguous(memory_format=torch.channels_last)
         return UNet2DOutput(sample=self.unet(padded, timestep).sample[..., :height, :width])
 
     def features(self, sample, timestep=0):

@@ -21,6 +21,7 @@ from diffusers.utils import BaseOutput
 from .audio import LogMel
 from .core import InputError, read_json, unknown_name
 from .data import PROTOCOLS
+from .machine import network_precision
 
 # %% ../nbs/50_pipeline.ipynb #12d2b74a
 @dataclass
@@ -76,7 +77,8 @@ class AnomalyDetector(DiffusionPipeline):
     Arguments: the five parts, of which forward process, network and correction may be None (a memory of features corrects
     nothing); `categories`, whose order is the network's class labels; `image_size`, side of the square images the codec sees;
     `protocol`, how a file becomes a square frame ("official", "full_frame", a `Protocol`, a `LogMel` or the latter's config);
-    `top_share`, see `map_scores`; `calibration`, category -> result of `calibrate_scores`, set by training.
+    `top_share`, see `map_scores`; `calibration`, category -> result of `calibrate_scores`, set by training; `mixed_precision`, in which the
+    network was trained and answers on a GPU ("no", "fp16", "bf16").
 
     Save with `save_pretrained(folder)`, load with `from_pretrained(folder)` (safetensors and JSON).
     """
@@ -84,7 +86,7 @@ class AnomalyDetector(DiffusionPipeline):
     _optional_components = ["forward_process", "network", "correction"]
 
     def __init__(self, codec, forward_process, network, correction, discrepancy, categories=("normal",), image_size=256,
-                 protocol="official", top_share=0.0, calibration=None):
+                 protocol="official", top_share=0.0, calibration=None, mixed_precision="no"):
         super().__init__()
         self.register_modules(codec=codec, forward_process=forward_process, network=network, correction=correction,
                               discrepancy=discrepancy)
@@ -92,8 +94,11 @@ class AnomalyDetector(DiffusionPipeline):
         if isinstance(protocol, str) and protocol not in PROTOCOLS:
             raise unknown_name("protocol", protocol, PROTOCOLS)
         self.register_to_config(categories=list(categories), image_size=image_size, protocol=protocol, top_share=top_share,
-                                calibration=calibration)
+                                calibration=calibration, mixed_precision=mixed_precision)
         self.set_progress_bar_config(disable=True)
+        for part in (codec, network, discrepancy):
+            if part is not None:
+                part.to(memory_format=torch.channels_last)
 
     @classmethod
     def from_pretrained(cls, folder, **options):
@@ -208,16 +213,24 @@ class AnomalyDetector(DiffusionPipeline):
         Returns (maps, reconstruction): the dict of the discrepancy, each (n, size, size), and the images decoded after
         correction (n, channels, image_size, image_size) or None. `on_step(t, z)` is called after every correction step.
         """
-        z = corrected = self.codec.encode(self.resize(frames.to(self.device)))
+        images = self.resize(frames.to(self.device, non_blocking=True))
+        z = corrected = self.codec.encode(images)
         reference = reconstruction = None
         if self.network is not None:
-            self.network.eval()
-            corrected = self.correction.correct(
-                z, lambda z, t: self.network(z, t, class_labels=class_labels).sample, on_step)
-            if self.codec.has_decoder:
+            with network_precision(self.device, self.config.mixed_precision):
+                corrected = self.correction.correct(z, self._predictor(class_labels), on_step).to(z.dtype)
+            if self.codec.lossless:
+                reference, reconstruction = images, self.codec.decode(corrected)
+            elif self.codec.has_decoder:
                 reference, reconstruction = self.codec.decode(torch.cat([z, corrected])).chunk(2)
         maps = self.discrepancy(z, corrected, reference, reconstruction, self.frame.size, network=self.network)
         return maps, reconstruction
+
+    def _predictor(self, class_labels):
+        "What the correction calls: the network for samples of these labels, prepared for several calls if it can be."
+        if hasattr(self.network, "predictor"):
+            return self.network.predictor(class_labels)
+        return lambda z, t: self.network(z, t, class_labels=class_labels).sample
 
     @torch.no_grad()
     def __call__(self, sources, category=None, batch_size=16):

@@ -6,13 +6,16 @@ one for laptops."""
 # %% auto #0
 __all__ = ['UNET_SIZES', 'ClassTokenUNet']
 
-# %% ../nbs/23_unet.ipynb #beef059c
+# %% ../nbs/23_unet.ipynb #21acf250
 import torch
+import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import nn
 
 from .core import unknown_name
+from .machine import pointwise, use_pointwise
 
 # %% ../nbs/23_unet.ipynb #b4764dbe
 UNET_SIZES = {  # base_channels, num_heads, class_embedding_dim
@@ -40,15 +43,19 @@ class ClassTokenUNet(ModelMixin, ConfigMixin):
         levels, channels = len(channel_multipliers), tuple(base_channels * m for m in channel_multipliers)
         head_width = base_channels // num_heads
         self.class_embedding = nn.Embedding(num_classes, class_embedding_dim)
-        self.unet = UNet2DConditionModel(
+        self.unet = use_pointwise(UNet2DConditionModel(
             in_channels=in_channels, out_channels=in_channels, layers_per_block=2, dropout=dropout,
             block_out_channels=channels,
             down_block_types=("CrossAttnDownBlock2D",) * levels, up_block_types=("CrossAttnUpBlock2D",) * levels,
             cross_attention_dim=class_embedding_dim,
             attention_head_dim=tuple(c // head_width for c in channels),  # diffusers' old name for the number of heads
-        )
+        ))
         nn.init.zeros_(self.unet.conv_out.weight)
         nn.init.zeros_(self.unet.conv_out.bias)
+        for layer in self._each("attentions"):  # what a single token leaves without effect
+            block = layer.transformer_blocks[0]
+            for part in (block.norm2, block.attn2.to_q, block.attn2.to_k):
+                part.requires_grad_(False)
 
     @classmethod
     def of_size(cls, size, **options):
@@ -58,7 +65,85 @@ class ClassTokenUNet(ModelMixin, ConfigMixin):
         base_channels, num_heads, class_embedding_dim = UNET_SIZES[size]
         return cls(base_channels=base_channels, num_heads=num_heads, class_embedding_dim=class_embedding_dim, **options)
 
-    def forward(self, sample, timestep, class_labels):
-        "`sample` (N, C, h, w), `timestep` (N,), `class_labels` (N,) int64 -> output whose `.sample` is (N, C, h, w)."
-        token = self.class_embedding(class_labels).unsqueeze(1)
-        return self.unet(sample, timestep, token)
+    def _each(self, kind):
+        "All layers of a kind (\"resnets\" or \"attentions\"), in the order in which a sample meets them."
+        blocks = [*self.unet.down_blocks, self.unet.mid_block, *self.unet.up_blocks]
+        return [layer for block in blocks for layer in getattr(block, kind)]
+
+    def time_terms(self, timestep):
+        "What each residual block adds for `timestep` (N,), or a number for all: a list of (N or 1, channels, 1, 1)."
+        timesteps = torch.as_tensor(timestep, device=self.device).reshape(-1)
+        embedding = F.silu(self.unet.time_embedding(self.unet.time_proj(timesteps).to(self.dtype)))
+        return [resnet.time_emb_proj(embedding)[:, :, None, None] for resnet in self._each("resnets")]
+
+    def class_terms(self, class_labels):
+        "What the token of `class_labels` (N,) int64 adds in each transformer block: a list of (N, 1, 1, channels)."
+        token = self.class_embedding(class_labels)
+        layers = [layer.transformer_blocks[0].attn2 for layer in self._each("attentions")]
+        return [attention.to_out[0](attention.to_v(token))[:, None, None] for attention in layers]
+
+    def forward(self, sample, timestep, class_labels=None, terms=None):
+        """`sample` (N, C, h, w), `timestep` (N,) or a number, `class_labels` (N,) int64 -> output whose `.sample` is (N, C, h, w).
+
+        `terms`: the time terms and the class terms, if they are known already; timestep and class labels are not looked at then.
+        """
+        of_time, of_class = map(iter, terms or (self.time_terms(timestep), self.class_terms(class_labels)))
+        unet, x = self.unet, self.unet.conv_in(sample.contiguous(memory_format=torch.channels_last))
+        skips = [x]
+        for block in unet.down_blocks:
+            for resnet, attention in zip(block.resnets, block.attentions):
+                x = _transformer(attention, _residual(resnet, x, next(of_time)), next(of_class))
+                skips.append(x)
+            if block.downsamplers:
+                x = block.downsamplers[0](x)
+                skips.append(x)
+        first, second = unet.mid_block.resnets
+        x = _transformer(unet.mid_block.attentions[0], _residual(first, x, next(of_time)), next(of_class))
+        x = _residual(second, x, next(of_time))
+        for block in unet.up_blocks:
+            for resnet, attention in zip(block.resnets, block.attentions):
+                x = _residual(resnet, torch.cat([x, skips.pop()], 1), next(of_time))
+                x = _transformer(attention, x, next(of_class))
+            if block.upsamplers:
+                x = block.upsamplers[0].conv(F.interpolate(x, size=skips[-1].shape[-2:], mode="nearest"))
+        return UNet2DConditionOutput(sample=unet.conv_out(F.silu(unet.conv_norm_out(x))))
+
+    def predictor(self, class_labels):
+        """`predict(z, t)` for samples z (N, C, h, w) of these `class_labels` (N,) and a number t: the answer (N, C, h, w).
+
+        Class terms are computed once, and time terms once for each t.
+        """
+        of_class, of_time = self.class_terms(class_labels), {}
+
+        def predict(z, t):
+            if t not in of_time:
+                of_time[t] = self.time_terms(t)
+            return self(z, t, terms=(of_time[t], of_class)).sample
+
+        return predict
+
+    def plain_forward(self, sample, timestep, class_labels):
+        "The same answer by diffusers' own way through all layers: to look inside them, and to compare with."
+        return self.unet(sample, timestep, self.class_embedding(class_labels)[:, None])
+
+
+def _residual(resnet, x, time_term):
+    "diffusers' residual block on x (N, C, h, w), given its time term."
+    y = resnet.conv1(F.silu(resnet.norm1(x))) + time_term
+    y = resnet.conv2(resnet.dropout(F.silu(resnet.norm2(y))))
+    return y + (x if resnet.conv_shortcut is None else _mix_channels(resnet.conv_shortcut, x))
+
+
+def _transformer(layer, x, class_term):
+    "diffusers' transformer of one block on x (N, C, h, w), given its class term."
+    block = layer.transformer_blocks[0]
+    cells = _mix_channels(layer.proj_in, layer.norm(x)).permute(0, 2, 3, 1)
+    shape = cells.shape
+    cells = cells + block.attn1(block.norm1(cells).flatten(1, 2)).view(shape) + class_term
+    cells = cells + block.ff(block.norm3(cells))
+    return x + _mix_channels(layer.proj_out, cells.permute(0, 3, 1, 2))
+
+
+def _mix_channels(convolution, x):
+    "A 1 x 1 convolution of x (N, C, h, w)."
+    return pointwise(x.permute(0, 2, 3, 1), convolution.weight.flatten(1), convolution.bias).permute(0, 3, 1, 2)
