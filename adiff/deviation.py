@@ -115,23 +115,27 @@ class MaskedForwardProcess(SchedulerMixin, ConfigMixin):
         return (1 - mask) * (noise - (1 - root_alpha) / s * z0)
 
     def sample(self, z0, generator=None):
-        "Corrupts clean latents `z0` (N, C, h, w) at random timesteps: a `ForwardSample`. All draws happen on z0's device."
+        """Corrupts clean latents `z0` (N, C, h, w) at random timesteps: a `ForwardSample`. Draws happen on z0's device.
+
+        Only patch sizes are drawn without `generator` on the CPU, since their number decides what is computed: a GPU need not be waited for.
+        """
         draw = dict(generator=generator, device=z0.device)
         n, _, height, width = z0.shape
         timesteps = torch.randint(self.config.num_train_timesteps, (n,), **draw)
         mask_ratio = torch.rand(n, **draw) * self.config.max_mask_ratio
         shuffle_ratio = torch.rand(n, **draw) * self.config.max_shuffle_ratio
-        probabilities = torch.tensor(self.config.patch_probabilities, device=z0.device)
+        where = "cpu" if generator is None else generator.device
+        probabilities = torch.tensor(self.config.patch_probabilities, device=where)
         choice = torch.multinomial(probabilities, n if self.config.patch_size_per == "image" else 1,
-                                   replacement=True, generator=generator).expand(n)
+                                   replacement=True, generator=generator).expand(n).cpu()
 
         mask, noise = torch.empty_like(z0[:, :1]), torch.empty_like(z0)
         for index in choice.unique().tolist():  # over the patch sizes in use, never over images
-            size, chosen = self.config.patch_sizes[index], choice == index
+            size, chosen = self.config.patch_sizes[index], (choice == index).view(-1, 1, 1, 1).to(z0.device, non_blocking=True)
             keep = random_patch_mask(n, height, width, size, mask_ratio, **draw)
             gaussian = random_patch_mask(n, height, width, size, shuffle_ratio, **draw)
             mixed = gaussian * torch.randn(z0.shape, **draw) + (1 - gaussian) * shuffle_patches(z0, size, generator)
-            mask[chosen], noise[chosen] = keep[chosen], mixed[chosen]
+            mask, noise = torch.where(chosen, keep, mask), torch.where(chosen, mixed, noise)
         return ForwardSample(self.add_deviation(z0, noise, mask, timesteps),
                              self.direction_of_deviation(z0, noise, mask, timesteps), timesteps, mask)
 
