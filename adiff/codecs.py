@@ -33,7 +33,6 @@ class Codec(ModelMixin, ConfigMixin):
     """
 
     has_decoder = True
-    lossless = False  # whether decoding gives back the image itself, so that it need not be computed
     downsample = 1  # pixels per latent cell, along each axis
 
     @property
@@ -89,7 +88,8 @@ class Codec(ModelMixin, ConfigMixin):
     def fit_scale(self, batches):
         """Sets shift and scale so that every channel has mean 0 and standard deviation 1 over `batches`; returns self.
 
-        `batches` is an iterable of image batches, of training normals. A channel that never changes is only shifted.
+        `batches` is an iterable of image batches, of training normals (`fit` gives at most 1000 frames). A channel that never changes
+        is only shifted.
         """
         count, total, squares = 0, 0, 0
         for images in batches:
@@ -112,8 +112,6 @@ class WaveletCodec(Codec):
     orthogonal and for levels that are not a whole number.
     """
 
-    lossless = True
-
     @register_to_config
     def __init__(self, wavelet="haar", levels=2, image_channels=3):
         super().__init__()
@@ -133,8 +131,6 @@ class PixelCodec(Codec):
 
     `levels` 0 leaves the image as it is. The scale is the identity until `fit_scale` has measured one.
     """
-
-    lossless = True
 
     @register_to_config
     def __init__(self, levels=2, image_channels=3):

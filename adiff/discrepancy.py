@@ -58,10 +58,12 @@ class Discrepancy(ModelMixin, ConfigMixin):
     """What every discrepancy offers; subclasses define `forward`.
 
     A subclass must hold at least one tensor: diffusers reads a module's device and type off it. `limit` is the upper
-    end of its final map, None if that is open. `normalized` says whether its final map depends on `fit_normalization`.
+    end of its final map, None if that is open. `normalized` says whether its final map depends on `fit_normalization`;
+    `compares_images`, whether it looks at `reference` and `reconstruction`: else no reference is decoded.
     """
 
     limit, normalized = None, False
+    compares_images = True
 
     def forward(self, z, corrected, reference, reconstruction, size, network=None):
         """All maps as a dict, name -> float32 (N, size, size), larger = more anomalous; "anomaly" is the final one.
@@ -119,6 +121,11 @@ class DeviationDiscrepancy(Discrepancy):
         # A module of diffusers must hold a tensor to know its device and type; these are always there.
         self.register_buffer("caps", torch.tensor([pixel_cap, latent_cap]))
         self.features = FrozenFeatures(feature_backbone) if "feature" in levels else None
+
+    @property
+    def compares_images(self):
+        "Whether a level other than \"latent\" is used."
+        return set(self.config.levels) != {"latent"}
 
     @classmethod
     def pretrained(cls, **config):

@@ -29,7 +29,7 @@ class AnomalyOutput(BaseOutput):
     """Detections for N images or sounds, as numpy arrays in the order of the input.
 
     scores: (N,) from each map by `map_scores`, larger = more anomalous.
-    maps: (N, size, size) float32, larger = more anomalous. Their range is the discrepancy's: [0, 1] for DeCo-Diff, standard
+    maps: (N, size, size), float32 unless asked otherwise, larger = more anomalous. Their range is the discrepancy's: [0, 1] for DeCo-Diff, standard
         deviations of held-out normals for ADiff. Of a long sound, the map of the window with the highest score.
     reconstructions: (N, H, W, channels) in [0, 1], what it would look like if it were normal; None without a decoder.
     discrepancies: name -> (N, size, size), each map before combination.
@@ -213,16 +213,16 @@ class AnomalyDetector(DiffusionPipeline):
         Returns (maps, reconstruction): the dict of the discrepancy, each (n, size, size), and the images decoded after
         correction (n, channels, image_size, image_size) or None. `on_step(t, z)` is called after every correction step.
         """
-        images = self.resize(frames.to(self.device, non_blocking=True))
-        z = corrected = self.codec.encode(images)
+        z = corrected = self.codec.encode(self.resize(frames.to(self.device, non_blocking=True)))
         reference = reconstruction = None
         if self.network is not None:
+            self.network.eval()
             with network_precision(self.device, self.config.mixed_precision):
                 corrected = self.correction.correct(z, self._predictor(class_labels), on_step).to(z.dtype)
-            if self.codec.lossless:
-                reference, reconstruction = images, self.codec.decode(corrected)
-            elif self.codec.has_decoder:
+            if self.codec.has_decoder and self.discrepancy.compares_images:
                 reference, reconstruction = self.codec.decode(torch.cat([z, corrected])).chunk(2)
+            elif self.codec.has_decoder:
+                reconstruction = self.codec.decode(corrected)
         maps = self.discrepancy(z, corrected, reference, reconstruction, self.frame.size, network=self.network)
         return maps, reconstruction
 
@@ -233,23 +233,26 @@ class AnomalyDetector(DiffusionPipeline):
         return lambda z, t: self.network(z, t, class_labels=class_labels).sample
 
     @torch.no_grad()
-    def __call__(self, sources, category=None, batch_size=16):
+    def __call__(self, sources, category=None, batch_size=16, map_dtype=torch.float32):
         """Detects anomalies in one image or sound or in many; see `frames` for what they may be.
 
         Pictures are framed by the detector's protocol; tensors (channels, H, W) or (N, channels, H, W) are taken as framed
-        already. `category` is one name for all or a list; a detector of one category needs none. Returns `AnomalyOutput`.
-        Raises `InputError` for unreadable files, an unknown category or a missing one.
+        already. `category` is one name for all or a list; a detector of one category needs none. `map_dtype` torch.float16
+        halves the maps on their way from a GPU and in memory; scores are taken before that. Returns `AnomalyOutput`. Raises `InputError` for unreadable files, an unknown category or a missing one.
         """
         frames, rows = self.frames(sources)
         labels = self.class_labels(category, int(rows[-1]) + 1)
-        batches = [self.detect_frames(f, l) for f, l in zip(frames.split(batch_size), labels[rows.to(labels.device)].split(batch_size))]
-        maps = {name: torch.cat([batch[name] for batch, _ in batches]).float().cpu() for name in batches[0][0]}
-        scores = map_scores(maps["anomaly"], self.config.top_share)
+        found, scores, images = [], [], []
+        for batch, own in zip(frames.split(batch_size), labels[rows.to(labels.device)].split(batch_size)):
+            maps, reconstruction = self.detect_frames(batch, own)
+            scores.append(map_scores(maps["anomaly"].float(), self.config.top_share).cpu())
+            found.append({name: one.to(map_dtype).cpu() for name, one in maps.items()})
+            images.append(None if reconstruction is None else reconstruction.float().cpu())
+        maps, scores = {name: torch.cat([batch[name] for batch in found]) for name in found[0]}, torch.cat(scores)
         chosen = loudest(scores, rows)
         reconstructions = None
-        if batches[0][1] is not None:
-            images = torch.cat([reconstruction for _, reconstruction in batches])[chosen.to(self.device)]
-            reconstructions = (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()
+        if images[0] is not None:
+            reconstructions = (torch.cat(images)[chosen] / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
         maps, scores = {name: one[chosen].numpy() for name, one in maps.items()}, scores[chosen].numpy()
         names = [self.config.categories[label] for label in labels.tolist()]
         return AnomalyOutput(scores, maps.pop("anomaly"), reconstructions, maps, **self.calibrated(scores, names))
