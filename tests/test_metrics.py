@@ -1,4 +1,6 @@
-"""The metrics against scikit-learn, a brute-force AUPRO, the official code's value, and what must be refused."""
+"""The metrics against scikit-learn, a brute-force AUPRO, the official code's value, in little memory, and what must be refused."""
+import subprocess
+import sys
 import tracemalloc
 
 import numpy as np
@@ -219,6 +221,97 @@ def test_memory_is_linear_and_small():
     finally:
         tracemalloc.stop()
     assert peak < 16 * maps.size + 2**20  # 9 bytes per normal pixel and at most 160 per anomalous one
+
+
+class Lazy:
+    "Images that are made when asked for: a length and items, nothing more."
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.images[index].copy()
+
+
+@pytest.mark.parametrize("held", [1, 7, 100])
+@pytest.mark.parametrize("kind", ["f2", "f4", "f8", "i8", "u1", "?"])
+@pytest.mark.parametrize("values", [1, 2, 300])
+def test_ranges_of_scores_change_nothing(monkeypatch, held, kind, values):
+    "However few scores are held at once; tied, constant and negative maps of every kind of number."
+    rng = np.random.default_rng([held, values])
+    masks = rng.random((4, 12, 11)) < 0.3
+    maps = rng.integers(0, values, masks.shape) + masks * rng.integers(0, 2, masks.shape) * (values // 3)
+    maps = (maps / 7 - 20 if kind[0] == "f" else maps - 20 * (kind[0] == "i")).astype(kind)
+    flat = masks.ravel(), maps.ravel().astype(float)
+    limit = rng.uniform(0.01, 1)
+    expected = [reference.roc_auc_score(*flat), reference.average_precision_score(*flat), f1_max(*flat), brute_force_aupro(masks, maps, 0.3)]
+    whole = metrics.pro_curve(masks, maps), metrics.pixel_counts(masks, maps)
+    monkeypatch.setattr(metrics, "_held", held)
+    for given in ((masks, maps), (Lazy(masks), Lazy(maps))):
+        found = metrics.pixel_metrics(*given)
+        assert [found[name] for name in PIXEL_NAMES] == pytest.approx(expected, abs=1e-12)
+        assert metrics.aupro(*given, limit) == pytest.approx(brute_force_aupro(masks, maps, limit), abs=1e-12)
+        assert np.allclose(metrics.pro_curve(*given), whole[0], rtol=0, atol=1e-12)
+        assert all(map(np.array_equal, metrics.pixel_counts(*given), whole[1]))
+
+
+@pytest.mark.parametrize("bins", [1000, 100])
+def test_counts_from_many_ranges_are_as_near(monkeypatch, bins):
+    masks, maps = synthetic(1, number=30)
+    one_range = metrics.counted_metrics(metrics.pixel_counts(masks, maps, bins))
+    monkeypatch.setattr(metrics, "_held", 100)
+    assert len(list(metrics._corner_ranges(masks, maps))) > 20
+    counts, exact = metrics.pixel_counts(masks, maps, bins), metrics.pixel_metrics(masks, maps)
+    found = metrics.counted_metrics(counts)
+    assert counts.normal.shape[1] <= bins
+    assert max(abs(found[name] - exact[name]) for name in PIXEL_NAMES) < max(1 / bins, 1.2 * max(
+        abs(one_range[name] - exact[name]) for name in PIXEL_NAMES))
+
+
+def test_what_can_be_read_only_once_is_refused():
+    for function in (metrics.pixel_metrics, metrics.aupro, metrics.pro_curve, metrics.pixel_counts, metrics.official_aupro):
+        with pytest.raises(InputError, match="only once"):
+            function(MASKS, iter(MAPS))
+
+
+MEMORY = """
+import resource
+import sys
+import numpy as np
+from adiff import metrics
+
+class Images:
+    def __init__(self, number, masks):
+        self.number, self.masks = number, masks
+
+    def __len__(self):
+        return self.number
+
+    def __getitem__(self, index):
+        if not self.masks:
+            return np.random.default_rng(index).random((256, 256), np.float32)
+        mask = np.zeros((256, 256), bool)
+        mask[100:110, 100:110] = index % 4
+        return mask
+
+def peak(number):
+    assert metrics.pixel_metrics(Images(number, True), Images(number, False))["pixel_auroc"] > 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+few = peak(300)
+print(peak(900) - few)
+"""
+
+
+def test_memory_does_not_grow_with_the_number_of_images():
+    "900 maps of 256 x 256 are 157 MB more than 300, and a larger peak would be their own."
+    grown = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True).stdout
+    assert float(grown) < 20
+    small = MEMORY.replace("few = peak(300)", "metrics._held = 2**15\nfew = peak(100)").replace("900", "600")
+    grown = subprocess.run([sys.executable, "-c", small], capture_output=True, text=True, check=True).stdout
+    assert float(grown) < 10
 
 
 def synthetic(seed, number=12, side=48):
