@@ -310,7 +310,8 @@ class LogMel:
     def fitted(self, sounds):
         """A copy with `mean` and `std` measured on normal `sounds`: waveforms (n,) (tensors) or what `read` takes.
 
-        All windows of all sounds count; silence that only fills the picture does not. `std` is at least 1 dB.
+        All windows of all sounds count (`fit` gives at most 1000 sounds); silence that only fills the picture does not. `std` is at
+        least 1 dB.
         Raises `InputError` if there is no sound.
         """
         columns, (total, squares) = 0, torch.zeros(2, self.size, dtype=torch.double)

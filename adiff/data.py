@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['OFFICIAL', 'FULL_FRAME', 'PROTOCOLS', 'SUFFIXES', 'read_image', 'to_tensor', 'to_array', 'Protocol', 'kind_of',
-           'find_files', 'find_images', 'Dataset', 'read_csv_table', 'read_dataset', 'Frames']
+           'find_files', 'find_images', 'Dataset', 'read_csv_table', 'read_dataset', 'read_ahead', 'stacked', 'Frames',
+           'sample_of']
 
-# %% ../nbs/10_data.ipynb #6dd954fc
+# %% ../nbs/10_data.ipynb #ac55110a
 import hashlib
 import os
 import struct
 import zlib
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -22,7 +25,8 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.Image import DecompressionBombError
 from torch.nn import functional
 
-from .core import InputError, unknown_name
+from .core import InputError, derive_seed, unknown_name
+from .machine import usable_cores
 
 # %% ../nbs/10_data.ipynb #70819096
 def _from_array(values, name):
@@ -475,6 +479,35 @@ def read_dataset(root, categories="all", split_table=None):
     note = "plain folder: every file is taken as normal, for training, of one category"
     return _finish(root, root.name, rows, [note])
 
+# %% ../nbs/10_data.ipynb #0c1b0406
+def read_ahead(read, batches, ahead=2):
+    """Yields, for each pair (label, items) of `batches`, the label and [read(item) for item in items].
+
+    Meanwhile up to 8 threads read the items of the next `ahead` batches. What `read` raises is raised here, when its batch is due; when
+    the generator ends or is closed, the threads are gone.
+    """
+    pool, waiting = ThreadPoolExecutor(min(8, usable_cores()), "read_ahead"), deque()
+
+    def due():
+        label, reading = waiting.popleft()
+        return label, [one.result() for one in reading]
+
+    try:
+        for label, items in batches:
+            waiting.append((label, [pool.submit(read, item) for item in items]))
+            if len(waiting) > ahead:
+                yield due()
+        while waiting:
+            yield due()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def stacked(frames):
+    "Frames (channels, size, size) as a batch; page-locked where there is CUDA, so that `.to(device, non_blocking=True)` overlaps."
+    batch = torch.empty(len(frames), *frames[0].shape, dtype=frames[0].dtype, pin_memory=torch.cuda.is_available())
+    return torch.stack(frames, out=batch)
+
 # %% ../nbs/10_data.ipynb #1109fb33
 class Frames(torch.utils.data.Dataset):
     """The frames of some `rows` of `dataset`, each float32 (channels, size, size), read when asked for.
@@ -483,7 +516,7 @@ class Frames(torch.utils.data.Dataset):
     """
 
     def __init__(self, dataset, rows, frame):
-        self.paths, self.frame = [dataset.root/path for path in rows.path], frame
+        self.paths, self.frame = [os.path.join(dataset.root, path) for path in rows.path], frame
         self.parts = [(index, window) for index, path in enumerate(self.paths) for window in frame.windows(path)]
         self.row = torch.tensor([index for index, _ in self.parts], dtype=torch.int64)
 
@@ -494,7 +527,16 @@ class Frames(torch.utils.data.Dataset):
         row, window = self.parts[index]
         return self.frame.load(self.paths[row], window)
 
-    def batches(self, batch_size=16):
-        "Indices (n,) and frames (n, channels, size, size), in order, batch by batch."
-        for indices in torch.arange(len(self)).split(batch_size):
-            yield indices, torch.stack([self[int(index)] for index in indices])
+    def batches(self, batch_size=16, indices=None):
+        "Those of `indices` (n,), or all, in order, batch by batch, read ahead: indices (n,) and frames (n, channels, size, size)."
+        indices = torch.arange(len(self)) if indices is None else indices
+        for part, frames in read_ahead(self.__getitem__, ((part, part.tolist()) for part in indices.split(batch_size))):
+            yield part, stacked(frames)
+
+
+def sample_of(count, at_most=1000):
+    "Positions (n,) of `at_most` of `count` things, in order, always the same: enough to measure a mean and a standard deviation on."
+    if count <= at_most:
+        return torch.arange(count)
+    generator = torch.Generator().manual_seed(derive_seed(0, "sample", count))
+    return torch.randperm(count, generator=generator)[:at_most].sort().values

@@ -30,7 +30,7 @@ from .adiff import ADIFF_PRESETS, ADIFF_SOUNDS, DDPM_PRESETS, SIMPLEX_PRESETS, A
 from .baselines import BASELINES
 from .core import (InputError, atomic_folder, atomic_path, ensure_folder, locked, progress, read_json, resolve_device,
                         unknown_name, versions, write_json)
-from .data import Frames, read_dataset
+from .data import Frames, read_dataset, sample_of
 from .deco_diff import DECO_DIFF_PRESETS, DeCoDiffConfig, build_deco_diff
 from .distributed import count_processes, fit_in_processes, launched_processes
 from .metrics import PixelCounts, harmonic_mean_metrics, image_metrics, mean_metrics, pixel_counts, pixel_metrics, pro_curve
@@ -134,8 +134,10 @@ def _fit_here(record, config, dataset, out_dir, device, resume, processes):
     frame = make_frame(config, dataset)
     detector = METHODS[record["method"]].build(config, dataset.categories, frame).to(device)
     if config.latent_scale == "measured":
-        normals = Frames(dataset, dataset.select("train"), frame)
-        batches = progress(normals.batches(16), desc="measuring latents", total=-(-len(normals) // 16))
+        normals = dataset.select("train")
+        normals = Frames(dataset, normals.iloc[sample_of(len(normals))], frame)
+        measured = sample_of(len(normals))  # a thousand long sounds have more windows than that
+        batches = progress(normals.batches(16, measured), desc="measuring latents", total=-(-len(measured) // 16))
         with torch.no_grad():
             detector.codec.fit_scale(detector.resize(frames.to(device)) for _, frames in batches)
 

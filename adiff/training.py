@@ -5,14 +5,23 @@ repeated."""
 
 # %% auto #0
 __all__ = ['TrainingConfig', 'DetectorConfig', 'checked', 'make_frame', 'make_codec', 'learning_rate_factor', 'augment',
-           'TrainingLatents', 'batch_indices', 'denoising_losses', 'own_part', 'validation_loss', 'own_generators',
-           'save_checkpoint', 'load_checkpoint', 'train', 'write_log', 'train_network', 'normal_maps', 'normal_scores',
-           'held_out_scores']
+           'LatentCache', 'TrainingLatents', 'latent_settings', 'batch_indices', 'epoch_order', 'denoising_losses',
+           'own_part', 'validation_loss', 'own_generators', 'save_checkpoint', 'load_checkpoint', 'train',
+           'normal_latents', 'write_log', 'train_network', 'normal_maps', 'normal_scores', 'held_out_scores']
 
-# %% ../nbs/51_training.ipynb #355ec9c6
+# %% ../nbs/51_training.ipynb #f4201fb2
+import contextlib
+import functools
+import hashlib
 import json
 import math
+import os
+import shutil
+import sys
+import tempfile
 import time
+import weakref
+import zlib
 from pathlib import Path
 from typing import Literal
 
@@ -26,8 +35,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .audio import LogMel
 from .codecs import load_codec
-from .core import InputError, atomic_path, derive_seed, ensure_folder, progress, set_seed
-from .data import PROTOCOLS, Frames
+from .core import InputError, atomic_path, derive_seed, ensure_folder, progress, read_json, set_seed, versions, write_json
+from .data import PROTOCOLS, Frames, read_ahead, sample_of, stacked
 from .pipeline import loudest, map_scores
 
 # %% ../nbs/51_training.ipynb #277c8a8e
@@ -48,7 +57,7 @@ class TrainingConfig(BaseModel):
     ema_decay: float | None = Field(None, gt=0, lt=1, description="decay of the averaged weights; null: none")
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     augmentations: list[Literal["translate", "rotate180"]] = Field(["translate"], description="each with probability 1/2")
-    cache_latents: bool = Field(True, description="encode every training image once and keep the latents in memory")
+    cache_latents: bool = Field(True, description="encode every training image once and keep its latents in a file")
     validate_every: int = Field(100, ge=1, description="updates between validation losses")
     checkpoint_every: int = Field(500, ge=1, description="updates between checkpoints")
     seed: int = 0
@@ -82,13 +91,14 @@ def checked(config_class, values):
             raise InputError(f"unknown override {key!r}; known: {', '.join(sorted(config_class.model_fields))}") from None
         raise InputError(f"override {key!r}: {first['msg'].lower()}, got {first['input']!r}") from None
 
-# %% ../nbs/51_training.ipynb #ae4aba17
+# %% ../nbs/51_training.ipynb #c05e9f68
 def make_frame(config, dataset):
-    "The `Protocol` or `LogMel` of a `DetectorConfig` for a `dataset`; reads the training sounds, if they are sounds."
+    "The `Protocol` or `LogMel` of a `DetectorConfig` for a `dataset`; reads training sounds, at most 1000, if they are sounds."
     if dataset.kind == "image":
         return PROTOCOLS[config.protocol or ("full_frame" if dataset.select("test").empty else "official")]
     frame = LogMel(sample_rate=config.sample_rate, seconds=config.clip_seconds, size=config.mel_bands, n_fft=config.n_fft)
-    paths = [dataset.root / path for path in dataset.select("train").path]
+    normals = dataset.select("train").path
+    paths = [dataset.root / path for path in normals.iloc[sample_of(len(normals))]]
     return frame.fitted(progress(paths, desc="measuring sounds", unit="sound"))
 
 
@@ -119,53 +129,159 @@ def augment(images, names):
             images = F.pad(images, (shift, 0, shift, 0), mode="replicate")[..., :-shift, :-shift]
     return images
 
+# %% ../nbs/51_training.ipynb #901e4609
+class LatentCache:
+    """`count` float32 arrays of one `shape` in a file in `folder`, absent until written; mapped, so that memory does not grow with them.
 
+    What an earlier process has written there counts if its `settings`, a dict, were the same; otherwise the file begins anew.
+    """
+
+    def __init__(self, folder, count, shape, settings):
+        self.path, self.shape, self.there = ensure_folder(folder) / "latents", tuple(shape), np.zeros(count, bool)
+        length, settings = 1 + math.prod(shape), {**settings, "count": count, "shape": list(shape)}
+        if not self.path.exists() or _settings_of(folder) != settings:
+            (Path(folder) / "settings.json").unlink(missing_ok=True)
+            with open(self.path, "wb") as file:
+                file.truncate(4 * length * count)
+            write_json(Path(folder) / "settings.json", settings)
+        self.records = np.memmap(self.path, np.uint32, "r", shape=(count, length))  # each a checksum, then the values
+
+    def __contains__(self, entry):
+        if not self.there[entry]:
+            record = self.records[entry]
+            self.there[entry] = record[0] == zlib.crc32(record[1:])  # what was never written is zero, and that has another
+        return bool(self.there[entry])
+
+    def write(self, entry, values):
+        "Keeps a tensor of `shape`, on the CPU. Raises `InputError` if the disk is full."
+        values = values.numpy().tobytes()
+        try:  # not through the map: on a full disk that would be the end of the process
+            with open(self.path, "r+b") as file:
+                file.seek(4 * self.records.shape[1] * entry)
+                file.write(zlib.crc32(values).to_bytes(4, sys.byteorder) + values)
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be written ({error.strerror}); make room, or set cache_latents to false") from None
+        self.there[entry] = True
+
+    def read(self, entries):
+        "Those of a list, all written, (len(entries), *shape)."
+        return torch.from_numpy(np.asarray(self.records)[entries, 1:].view(np.float32)).unflatten(1, self.shape)
+
+
+def _settings_of(folder):
+    "What the cache in `folder` holds, a dict; None if that cannot be told."
+    try:
+        return read_json(Path(folder) / "settings.json")
+    except InputError:
+        return None
+
+# %% ../nbs/51_training.ipynb #279a7f6d
 class TrainingLatents:
     """Scaled latents z0 of some images or sounds under a detector's codec: `latents(indices)` gives (z0, class labels).
 
-    Which augmentations apply, and the sample from the codec's posterior, come from torch's global generator. With `cache`
-    all versions of all frames are encoded at once and kept on the detector's device.
+    Which augmentations apply, and the sample from the codec's posterior, come from torch's global generator. With `cache`, what has
+    been encoded is kept in a `LatentCache`: in `folder`, where it is found again if nothing that matters has changed, or in a temporary
+    folder, which goes with the object.
     """
 
-    def __init__(self, detector, dataset, rows, augmentations=(), cache=True):
+    def __init__(self, detector, dataset, rows, augmentations=(), cache=True, folder=None):
         self.detector, self.frames = detector, Frames(dataset, rows, detector.frame)
         labels = detector.class_labels(list(rows["category"]), len(rows))
         self.labels = labels[self.frames.row.to(labels.device)]
-        self.augmentations = tuple(augmentations)
-        self.cached = None
+        self.augmentations, self.cache = tuple(augmentations), None
         if cache:
-            versions = [self._encode(chunk, version) for version in range(2 ** len(self.augmentations))
-                        for chunk in progress(torch.arange(len(self)).split(16), desc=f"encoding, version {version + 1}", leave=False)]
-            self.cached = [None if parts[0] is None else torch.cat(parts).unflatten(0, (-1, len(self)))
-                           for parts in zip(*versions)]
+            settings = folder and latent_settings(detector, self.frames, self.augmentations)
+            if folder is None:
+                folder, settings = tempfile.mkdtemp(prefix="adiff-"), {}
+                weakref.finalize(self, shutil.rmtree, folder)
+            shape = self._encode([0], [torch.zeros(self.frames.frame.channels, *[self.frames.frame.size] * 2)])[0].shape
+            self.cache = LatentCache(folder, 2 ** len(self.augmentations) * len(self), shape, settings)
 
     def __len__(self):
         return len(self.frames)
 
-    @torch.no_grad()
-    def _encode(self, indices, version):
-        "Posterior mean and std (or None) of images at `indices` in one augmented `version` (a bit per augmentation)."
-        frames = torch.stack([self.frames[int(index)] for index in indices]).to(self.detector.device)
-        names = [name for bit, name in enumerate(self.augmentations) if version >> bit & 1]
-        return self.detector.codec.posterior(augment(self.detector.resize(frames), names))
-
     def __call__(self, indices):
         "z0 (n, C, h, w) and class labels (n,) of the images at `indices` (n,), a tensor on the CPU."
-        versions = torch.randint(2 ** len(self.augmentations), (len(indices),))
-        if self.cached is None:
-            parts = [self._encode(index[None], int(version)) for index, version in zip(indices, versions)]
-            mean, std = (None if part[0] is None else torch.cat(part) for part in zip(*parts))
+        entries = self._draw(indices)
+        [(_, frames)] = read_ahead(self._read, [(None, self._unknown(entries))])
+        return self._latents(indices, entries, dict(frames))
+
+    def stream(self, draws):
+        "For each of `draws`, pairs of indices and a seed: `self(indices)` after `set_seed(seed)`; files are read two draws ahead."
+        unknown = ((draw, self._unknown(self._draw(draw[0], torch.Generator().manual_seed(draw[1])))) for draw in draws)
+        with contextlib.closing(read_ahead(self._read, unknown)) as batches:
+            for (indices, seed), frames in batches:
+                set_seed(seed)
+                yield self._latents(indices, self._draw(indices), dict(frames))
+
+    def _draw(self, indices, generator=None):
+        "An entry, version * len(self) + index, for each of `indices`: which versions is chance."
+        return (torch.randint(2 ** len(self.augmentations), (len(indices),), generator=generator) * len(self) + indices).tolist()
+
+    def _unknown(self, entries):
+        "Those of `entries`, once each, that must be encoded."
+        return [entry for entry in dict.fromkeys(entries) if self.cache is None or entry not in self.cache]
+
+    def _read(self, entry):
+        return entry, self.frames[entry % len(self)]
+
+    def _latents(self, indices, entries, frames):
+        "z0 and class labels of `entries`; `frames` (entry -> frame) holds at least those that are unknown."
+        unknown = self._unknown(entries)
+        encoded = self._encode(unknown, [frames[entry] for entry in unknown])
+        device = self.detector.device
+        if self.cache is None:
+            encoded = dict(zip(unknown, encoded))
+            values = torch.stack([encoded[entry] for entry in entries])
         else:
-            mean, std = (None if part is None else part[versions, indices] for part in self.cached)
-        z0 = mean if std is None else mean + std * torch.randn_like(mean)
+            for entry, one in zip(unknown, torch.stack(encoded).cpu() if encoded else ()):
+                self.cache.write(entry, one)
+            values = self.cache.read(entries)
+            values = (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
+        mean, *std = (part.contiguous() for part in values.unbind(1))
+        z0 = mean + std[0] * torch.randn_like(mean) if std else mean
         return z0, self.labels[indices.to(self.labels.device)]
+
+    @torch.no_grad()
+    def _encode(self, entries, frames):
+        "Posterior mean and std, (1 or 2, C, h, w), of each of the `frames` of `entries`, a list."
+        device, found = self.detector.device, [None] * len(entries)
+        for version in sorted({entry // len(self) for entry in entries}):
+            names = [name for bit, name in enumerate(self.augmentations) if version >> bit & 1]
+            places = [place for place, entry in enumerate(entries) if entry // len(self) == version]
+            together = 1 if device.type == "cpu" else 16
+            for group in (places[first:first + together] for first in range(0, len(places), together)):
+                images = stacked([frames[place] for place in group]).to(device, non_blocking=True)
+                parts = self.detector.codec.posterior(augment(self.detector.resize(images), names))
+                for place, one in zip(group, torch.stack([part for part in parts if part is not None], 1)):
+                    found[place] = one
+        return found
+
+
+def latent_settings(detector, frames, augmentations):
+    "What the latents of `frames` depend on: files (name, size, time of change), frame, codec with weights, versions ...; a dict for JSON."
+    files, weights = hashlib.sha256(), hashlib.sha256()
+    for path in frames.paths:
+        status = os.stat(path)
+        files.update(repr((path, status.st_size, status.st_mtime_ns)).encode())
+    for name, values in sorted(detector.codec.state_dict().items()):
+        weights.update(name.encode() + values.cpu().contiguous().numpy().tobytes())
+    codec = {name: value for name, value in detector.codec.config.items() if not name.startswith("_")}
+    return {"files": files.hexdigest(), "frame": frames.frame.config(), "codec": type(detector.codec).__name__, "codec_config": repr(codec),
+            "weights": weights.hexdigest(), "image_size": detector.config.image_size, "augmentations": list(augmentations),
+            "device": detector.device.type, "versions": versions()}
 
 # %% ../nbs/51_training.ipynb #68357b8a
 def batch_indices(batch, count, batch_size, seed):
     "Image indices (n,) of batch number `batch` in the endless stream of epochs over `count` images."
     epoch, position = divmod(batch, math.ceil(count / batch_size))
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(derive_seed(seed, "order", epoch)))
-    return order[position * batch_size:(position + 1) * batch_size]
+    return epoch_order(epoch, count, seed)[position * batch_size:(position + 1) * batch_size]
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(epoch, count, seed):
+    "The permutation (count,) of an epoch; batches are drawn ahead, so two epochs may be under way."
+    return torch.randperm(count, generator=torch.Generator().manual_seed(derive_seed(seed, "order", epoch)))
 
 # %% ../nbs/51_training.ipynb #a3673904
 def denoising_losses(network, drawn, labels):
@@ -229,10 +345,10 @@ def train(detector, dataset, config, out_dir=None, resume=False, device=None):
 
     First its network, if it has one: the log then has per update step, loss, lr, seconds and, where measured,
     validation_loss; with `out_dir`, log.jsonl and checkpoints/ are written there, and `resume` goes on from the newest
-    checkpoint. Then whatever its discrepancy learns from normals. Held-out normals last set the normalisation of the maps and
-    calibrate the scores. Started by torchrun, every process computes its part of each batch, and the first one writes. Raises
-    `InputError` if there is nothing to train on, if the checkpoint belongs to other settings, or if the loss stops being finite
-    (the last checkpoint stays).
+    checkpoint. Until all has ended well, the latents lie there, too, in .latents. Then whatever its discrepancy learns from
+    normals. Held-out normals last set the normalisation of the maps and calibrate the scores. Started by torchrun, every process
+    computes its part of each batch, and the first one writes (latents: each its own). Raises `InputError` if there is nothing to
+    train on, if the checkpoint belongs to other settings, or if the loss stops being finite (the last checkpoint stays).
     """
     AcceleratorState._reset_state(reset_partial_state=True)  # a second training in one process may differ in precision and device
     accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=device is not None and torch.device(device).type == "cpu",
@@ -245,9 +361,7 @@ def train(detector, dataset, config, out_dir=None, resume=False, device=None):
     began, log = time.monotonic(), []
     if detector.network is not None:
         log = train_network(accelerator, detector, dataset, config, out_dir, resume)
-    with torch.no_grad():
-        detector.discrepancy.fit(detector.codec.encode(detector.resize(frames.to(detector.device)))
-                                 for _, frames in Frames(dataset, normals, detector.frame).batches())
+    detector.discrepancy.fit(normal_latents(detector, dataset, normals))
     if not held_out.empty:
         detector.calibrate(held_out_scores(detector, dataset, held_out), held_out.category)
     if not log:
@@ -255,7 +369,16 @@ def train(detector, dataset, config, out_dir=None, resume=False, device=None):
         if out_dir is not None and accelerator.is_main_process:
             write_log(out_dir, log)
     accelerator.wait_for_everyone()  # what the first process writes is there for all
+    if out_dir is not None and accelerator.is_main_process and (Path(out_dir) / ".latents").exists():
+        shutil.rmtree(Path(out_dir) / ".latents")
     return log
+
+
+@torch.no_grad()
+def normal_latents(detector, dataset, rows):
+    "Latents (n, C, h, w) of all frames of `rows`, batch by batch; no file is touched before the first is asked for."
+    for _, frames in Frames(dataset, rows, detector.frame).batches():
+        yield detector.codec.encode(detector.resize(frames.to(detector.device, non_blocking=True)))
 
 
 def write_log(out_dir, log):
@@ -266,9 +389,11 @@ def write_log(out_dir, log):
 
 def train_network(accelerator, detector, dataset, config, out_dir, resume):
     "The part of `train` that makes optimiser updates; returns the log."
-    latents = TrainingLatents(detector, dataset, dataset.select("train"), config.augmentations, config.cache_latents)
+    folders = {name: out_dir and Path(out_dir) / ".latents" / f"{name}_{accelerator.process_index}" for name in ("train", "validation")}
+    latents = TrainingLatents(detector, dataset, dataset.select("train"), config.augmentations, config.cache_latents, folders["train"])
     held_out = dataset.select("validation")
-    validation = None if held_out.empty else TrainingLatents(detector, dataset, held_out)
+    held_out = held_out.iloc[sample_of(len(held_out))]
+    validation = None if held_out.empty else TrainingLatents(detector, dataset, held_out, folder=folders["validation"])
 
     parameters = list(detector.network.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
@@ -309,7 +434,9 @@ def train_network(accelerator, detector, dataset, config, out_dir, resume):
             write_log(out_dir, log)
 
     bar = progress(total=updates, initial=start, desc="training", unit="step")
-    with own_generators(accelerator.device):
+    draws = ((batch_indices(batch, len(latents), config.batch_size, config.seed), derive_seed(config.seed, "batch", batch))
+             for batch in range(start * accumulation, updates * accumulation))
+    with own_generators(accelerator.device), contextlib.closing(latents.stream(draws)) as batches:
         for step in range(start, updates):
             network.train()
             done = step if config.unit == "steps" else step * accumulation // per_epoch
@@ -318,8 +445,7 @@ def train_network(accelerator, detector, dataset, config, out_dir, resume):
                 group["lr"] = rate
             total = 0.0
             for batch in range(step * accumulation, (step + 1) * accumulation):
-                set_seed(derive_seed(config.seed, "batch", batch))
-                z0, labels = latents(batch_indices(batch, len(latents), config.batch_size, config.seed))
+                z0, labels = next(batches)
                 drawn, labels, factor = own_part(detector.forward_process.sample(z0), labels, rank, world)
                 if world > 1:
                     set_seed(derive_seed(config.seed, "batch", batch, "process", rank))

@@ -2,6 +2,8 @@
 import hashlib
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pandas as pd
@@ -10,8 +12,8 @@ import torch
 from PIL import Image
 
 from adiff.core import InputError
-from adiff.data import (FULL_FRAME, OFFICIAL, PROTOCOLS, Frames, Protocol, find_images, read_dataset,
-                        read_image, to_array, to_tensor)
+from adiff.data import (FULL_FRAME, OFFICIAL, PROTOCOLS, Frames, Protocol, find_images, read_ahead, read_dataset,
+                        read_image, sample_of, to_array, to_tensor)
 from adiff.demo_data import make_demo_data
 
 OFFICIAL_TRAINING = {"bottle": 188, "cable": 202, "capsule": 197, "carpet": 252, "grid": 238, "hazelnut": 352,
@@ -426,6 +428,56 @@ def test_frames_are_read_when_asked_for(tmp_path):
     (tmp_path / "tire/train/good/000.png").write_text("broken")
     with pytest.raises(InputError, match="000.png"):
         torch.stack(list(frames))
+
+
+def reading_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("read_ahead")]
+
+
+def test_frames_read_ahead_are_the_same(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (23, 9, 9, 3), np.uint8)
+    for index, image in enumerate(noise):
+        (tmp_path / "tire/train/good").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(tmp_path / f"tire/train/good/{index:03}.png")
+    dataset = read_dataset(tmp_path)
+    frames = Frames(dataset, dataset.select("train"), OFFICIAL.at(32))
+    for chosen in (None, torch.tensor([5, 3, 3, 20])):
+        indices, batches = zip(*frames.batches(4, chosen))
+        assert torch.equal(torch.cat(indices), torch.arange(len(frames)) if chosen is None else chosen)
+        assert torch.equal(torch.cat(batches), torch.stack([frames[int(index)] for index in torch.cat(indices)]))
+        assert not reading_threads()
+
+
+def test_reading_ahead_is_bounded_and_ends():
+    read = []
+    batches = read_ahead(lambda item: read.append(item) or -item, ((item, [item]) for item in range(100)), ahead=2)
+    assert not read  # nothing before the first is asked for
+    for item in range(10):
+        assert next(batches) == (item, [-item])
+        time.sleep(0.01)
+        assert max(read) <= item + 2
+    assert max(read) == 11 and reading_threads()
+    batches.close()
+    assert not reading_threads() and list(read_ahead(abs, [])) == [] and list(read_ahead(abs, [("a", [])])) == [("a", [])]
+
+
+def test_a_broken_file_is_named_when_its_batch_is_due(tmp_path):
+    make_category(tmp_path / "tire", train=20)
+    dataset = read_dataset(tmp_path)
+    rows = dataset.select("train")
+    (tmp_path / rows.path[5]).write_text("broken")
+    batches = Frames(dataset, rows, OFFICIAL.at(32)).batches(2)
+    assert [indices.tolist() for indices, _ in (next(batches), next(batches))] == [[0, 1], [2, 3]]
+    with pytest.raises(InputError, match=rows.path[5]):
+        next(batches)
+    assert not reading_threads()
+
+
+def test_a_sample_is_all_or_a_thousand():
+    assert sample_of(1000).tolist() == list(range(1000))
+    positions = sample_of(100_000)
+    assert len(positions) == len(positions.unique()) == 1000 and torch.equal(positions, positions.sort().values)
+    assert abs(positions.double().mean() - 50_000) < 3_000
 
 
 def test_a_folder_holds_images_or_sounds(tmp_path):
