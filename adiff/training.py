@@ -139,10 +139,11 @@ class LatentCache:
     def __init__(self, folder, count, shape, settings):
         self.path, self.shape, self.there = ensure_folder(folder) / "latents", tuple(shape), np.zeros(count, bool)
         length, settings = 1 + math.prod(shape), {**settings, "count": count, "shape": list(shape)}
-        if not self.path.exists() or _settings_of(folder) != settings:
+        size = 4 * length * count
+        if not self.path.exists() or self.path.stat().st_size != size or _settings_of(folder) != settings:
             (Path(folder) / "settings.json").unlink(missing_ok=True)
             with open(self.path, "wb") as file:
-                file.truncate(4 * length * count)
+                file.truncate(size)
             write_json(Path(folder) / "settings.json", settings)
         self.records = np.memmap(self.path, np.uint32, "r", shape=(count, length))  # each a checksum, then the values
 

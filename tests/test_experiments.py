@@ -181,6 +181,8 @@ def test_a_cache_of_other_settings_or_a_torn_one_is_not_used(cup, tmp_path):
     os.truncate(tmp_path / "latents", size * 3 // 4 + 100)
     os.truncate(tmp_path / "latents", size)  # what a disk may hold after a power cut: the end of the file is missing
     assert kept(augmentations=["rotate180"]) == 13 and kept(augmentations=["rotate180"]) == 18
+    os.truncate(tmp_path / "latents", 100)
+    assert kept(augmentations=["rotate180"]) == 0
 
 
 def test_temporary_caches_go_with_their_owner_and_a_full_disk_is_told(cup, tmp_path, monkeypatch):
