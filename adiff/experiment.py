@@ -4,17 +4,21 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'Method', 'resolve_config', 'parse_overrides', 'fit', 'describe_run', 'check_same_run', 'describe_device',
-           'evaluate', 'summary', 'count_parameters', 'detect_rows', 'measure', 'count_calls', 'counted_pixels',
+           'StoredArray', 'scratch_folder', 'evaluate', 'summary', 'count_parameters', 'detect_batches', 'detect_rows',
+           'store_maps', 'check_space', 'store_masks', 'on_disk', 'measure', 'count_calls', 'counted_pixels',
            'write_arrays', 'peak_memory_mb', 'write_maps', 'choose_examples', 'fixed_examples', 'draw_figures',
            'film_strip', 'run_each', 'run_folders', 'check_parameters']
 
-# %% ../nbs/52_experiment.ipynb #48aacfde
+# %% ../nbs/52_experiment.ipynb #54aac2ec
 import json
+import math
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,7 +37,8 @@ from .core import (InputError, atomic_folder, atomic_path, ensure_folder, locked
 from .data import Frames, read_dataset, sample_of
 from .deco_diff import DECO_DIFF_PRESETS, DeCoDiffConfig, build_deco_diff
 from .distributed import count_processes, fit_in_processes, launched_processes
-from .metrics import PixelCounts, harmonic_mean_metrics, image_metrics, mean_metrics, pixel_counts, pixel_metrics, pro_curve
+from .metrics import (PixelCounts, counted_pro_curve, harmonic_mean_metrics, image_metrics, mean_metrics, pixel_counts,
+                           pixel_metrics)
 from .pipeline import AnomalyDetector, loudest, map_scores
 from .training import checked, make_frame, train
 
@@ -177,6 +182,46 @@ def describe_device(device):
     "The name of a device as it should stand beside a number."
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
+# %% ../nbs/52_experiment.ipynb #951edab2
+class StoredArray:
+    """An array (n, *shape) in the file `path`, to which batches are appended and from which items are read: it is never in memory.
+
+    `array[i]` is item i, read anew each time; `array[indices]` and `array[mask]` are the chosen items, in the same file.
+    """
+
+    def __init__(self, path, shape, dtype):
+        self.path, self.shape, self.dtype, self.rows = Path(path), tuple(shape), np.dtype(dtype), np.zeros(0, int)
+        self.path.touch()
+
+    def append(self, batch):
+        "Adds `batch` (k, *shape) at the end."
+        with open(self.path, "ab") as file:
+            np.ascontiguousarray(batch, self.dtype).tofile(file)
+        self.rows = np.arange(len(self.rows) + len(batch))
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        if np.ndim(index):
+            chosen = copy(self)
+            chosen.rows = self.rows[index]
+            return chosen
+        size = math.prod(self.shape)
+        offset = int(self.rows[index]) * size * self.dtype.itemsize  # a mapped file would count as memory once read
+        return np.fromfile(self.path, self.dtype, size, offset=offset).reshape(self.shape)
+
+
+@contextmanager
+def scratch_folder(path):
+    "An empty folder `path` while the body runs; what a killed process left there is removed."
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir()
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path)
+
 # %% ../nbs/52_experiment.ipynb #76990349
 _label_note = "the class label of each test file is given to the network (category known)"
 
@@ -184,16 +229,19 @@ _label_note = "the class label of each test file is given to the network (catego
 def evaluate(run, device="auto", save_maps=False, batch_size=16):
     """Evaluates the run folder `run` on its dataset's test files; writes metrics.json, scores.csv, figures/, pixels/ and examples/.
 
-    Returns the content of metrics.json. Raises `InputError` if the run is not finished, if its dataset is gone or has
-    changed, or if there is nothing to test on.
+    Returns the content of metrics.json. Any number of images: maps are kept in files in a hidden folder of `run` while their category is
+    measured, and pixel metrics are exact, by sorting ranges of their values. That takes 4 bytes of disk per pixel and map that is
+    measured (1.4 MB per image for DeCo-Diff's five maps of 256 x 256, 3.2 MB with features), and is given back at the end, also on errors.
+    Raises `InputError` if the run is not finished, if its dataset is gone or has changed, if there is nothing to test on, and if the
+    disk is too full.
     """
     run = Path(run)
     read_json(run / "config.json")  # no run, nothing to lock
-    with locked(run):
-        return _evaluate(run, device, save_maps, batch_size)
+    with locked(run), scratch_folder(run / ".evaluating") as scratch:
+        return _evaluate(run, device, save_maps, batch_size, scratch)
 
 
-def _evaluate(run, device, save_maps, batch_size):
+def _evaluate(run, device, save_maps, batch_size, scratch):
     "`evaluate`, while nobody else writes to the run folder."
     record = read_json(run / "config.json")
     if not (run / "model" / "model_index.json").exists():
@@ -216,32 +264,29 @@ def _evaluate(run, device, save_maps, batch_size):
         rows = dataset.select("test", category)
         if rows.empty:
             continue
-        with count_calls(detector.network) as counted:
-            levels, elapsed = detect_rows(detector, dataset, rows, batch_size, desc=f"testing {category}")
-        maps = levels.pop("anomaly")
-        seconds += elapsed
-        calls += sum(counted)
-        scores = map_scores(maps, detector.config.top_share).numpy()
-        rows = rows.assign(score=scores)
-        masks = [dataset.mask(row, frame) for row in rows.itertuples()]
-        known = np.array([mask is not None for mask in masks])
-        masks = np.stack([np.zeros(maps.shape[1:], bool) if mask is None else mask for mask in masks])
-        result = measure(rows.label, scores, maps.numpy(), masks, known)
-        result["n_train"], result["n_test"] = len(dataset.select("train", category)), len(rows)
-        categories[category] = result
-        if result["pixel_ap"] is not None:
-            result["notes"].append(f"a constant map would have pixel AP {masks[known].mean():.3f} and pixel AUROC 0.5")
-        if result["aupro"] is not None:
-            curves[category] = pro_curve(masks[known], maps.numpy()[known])
-            pixels[category] = counted_pixels(masks, maps.numpy(), known)._asdict()
-        compared += [{"category": category, "discrepancy": name,
-                      **measure(rows.label, map_scores(one, detector.config.top_share).numpy(), one.numpy(), masks, known)}
-                     for name, one in {**detector.discrepancy.comparisons(levels), "final map": maps}.items()]
-        if save_maps:
-            write_maps(run / "maps", rows, maps.numpy())
-        tables.append(rows)
-        examples += choose_examples(rows, maps.numpy(), masks if known.any() else None)
-        fixed[category] = fixed_examples(detector, dataset, rows, maps, masks, known)
+        masks, known = store_masks(scratch / "masks", dataset, rows, frame)
+        with count_calls(detector.network) as counted, scratch_folder(scratch / "maps") as folder:
+            maps, scores, windows, elapsed = store_maps(folder, detector, dataset, rows, batch_size, desc=f"testing {category}")
+            seconds += elapsed
+            calls += sum(counted)
+            rows = rows.assign(score=scores["final map"], window=windows)
+            measured = {name: measure(rows.label, scores[name], one, masks, known) for name, one in maps.items()}
+            compared += [{"category": category, "discrepancy": name, **result} for name, result in measured.items()]
+            result, maps = measured["final map"], maps["final map"]
+            result["n_train"], result["n_test"] = len(dataset.select("train", category)), len(rows)
+            categories[category] = result
+            if result["pixel_ap"] is not None:
+                share = np.mean([mask.mean() for mask in masks[known]])
+                result["notes"].append(f"a constant map would have pixel AP {share:.3f} and pixel AUROC 0.5")
+            if result["aupro"] is not None:
+                counts = counted_pixels(masks, maps, known)
+                curves[category] = counted_pro_curve(counts)
+                pixels[category] = {name: on_disk(scratch / f"{len(pixels)} {name}.npy", one) for name, one in counts._asdict().items()}
+            if save_maps:
+                write_maps(run / "maps", rows, maps)
+            tables.append(rows)
+            examples += choose_examples(rows, maps, masks if known.any() else None)
+            fixed[category] = fixed_examples(detector, dataset, rows, maps, masks, known)
 
     scores = pd.concat(tables)[["path", "category", "label", "defect", "score"]]
     notes = [frame.describe(), f"the codec sees {detector.config.image_size} x {detector.config.image_size} pixels", *dataset.notes]
@@ -283,27 +328,90 @@ def count_parameters(detector):
     return 0 if detector.network is None else sum(p.numel() for p in detector.network.parameters())
 
 
-def detect_rows(detector, dataset, rows, batch_size=16, desc="testing"):
-    """Every map of the discrepancy, a tensor (n, size, size) float32 each, of the files in `rows`, and the seconds it took.
+def detect_batches(detector, dataset, rows, batch_size=16, desc="testing"):
+    """Detects in the files of `rows` and yields those that are done, a few at a time and in their order.
 
-    Of a long sound, the maps of its loudest window.
+    Yields (windows, maps, seconds): the window of each, a list of k (the loudest one of a long sound); every map of the discrepancy of that
+    window, float32 (k, size, size), on the CPU; and the seconds that detection took since the last time.
     """
     frames = Frames(dataset, rows, detector.frame)
     labels = detector.class_labels(list(rows["category"]), len(rows))[frames.row]
-    maps, seconds = [], 0.0
+    kept, kept_maps, seconds = torch.zeros(0, dtype=torch.int64), {}, 0.0
     with progress(frames.batches(batch_size), desc=desc, total=-(-len(frames) // batch_size)) as batches:
         for indices, batch in batches:
             began = time.perf_counter()
-            result, _ = detector.detect_frames(batch, labels[indices])
-            maps.append({name: one.float().cpu() for name, one in result.items()})
+            maps, _ = detector.detect_frames(batch, labels[indices])
+            maps = {name: one.float().cpu() for name, one in maps.items()}
             seconds += time.perf_counter() - began
-    maps = {name: torch.cat([batch[name] for batch in maps]) for name in maps[0]}
-    chosen = loudest(map_scores(maps["anomaly"], detector.config.top_share), frames.row)
-    return {name: one[chosen] for name, one in maps.items()}, seconds
+            if len(kept):
+                indices, maps = torch.cat([kept, indices]), {name: torch.cat([kept_maps[name], one]) for name, one in maps.items()}
+            best = loudest(map_scores(maps["anomaly"], detector.config.top_share), frames.row[indices])
+            done = len(best) - int(indices[-1] < len(frames) - 1)  # the last file may have a louder window in the next batch
+            kept, kept_maps = indices[best[done:]], {name: one[best[done:]] for name, one in maps.items()}
+            if done:
+                windows = [frames.parts[index][1] for index in indices[best[:done]]]
+                yield windows, {name: one[best[:done]] for name, one in maps.items()}, seconds
+                seconds = 0.0
+
+
+def detect_rows(detector, dataset, rows, batch_size=16, desc="testing"):
+    """Every map of the discrepancy, a tensor (n, size, size) float32 each, of the files in `rows`, and the seconds it took: for a few files.
+
+    Of a long sound, the maps of its loudest window.
+    """
+    _, maps, seconds = zip(*detect_batches(detector, dataset, rows, batch_size, desc))
+    return {name: torch.cat([batch[name] for batch in maps]) for name in maps[0]}, sum(seconds)
+
+
+def store_maps(folder, detector, dataset, rows, batch_size=16, desc="testing"):
+    """Detects in the files of `rows` and stores all maps that are to be compared, and the final one, in `folder`.
+
+    Returns {name: `StoredArray` (n, size, size)}, {name: scores (n,)}, the window of each file, and the seconds that detection took.
+    """
+    maps, scores, windows, seconds = {}, {}, [], 0.0
+    for batch_windows, levels, elapsed in detect_batches(detector, dataset, rows, batch_size, desc):
+        final = levels.pop("anomaly")
+        batch = {**detector.discrepancy.comparisons(levels), "final map": final}
+        if not maps:
+            check_space(folder, len(rows) * len(batch) * final[0].nbytes)
+            maps = {name: StoredArray(folder / str(number), final.shape[1:], np.float32) for number, name in enumerate(batch)}
+        for name, one in batch.items():
+            maps[name].append(one.numpy())
+            scores.setdefault(name, []).append(map_scores(one, detector.config.top_share).numpy())
+        windows, seconds = windows + batch_windows, seconds + elapsed
+    return maps, {name: np.concatenate(parts) for name, parts in scores.items()}, windows, seconds
+
+
+def check_space(folder, needed):
+    "Raises `InputError` if the disk of `folder` has no room for `needed` bytes."
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise InputError(f"{Path(folder).parent}: evaluation needs {needed / 1e9:.1f} GB for maps, but {free / 1e9:.1f} GB are free on that disk; "
+                         "make room, or move the run folder")
+
+
+def store_masks(path, dataset, rows, frame):
+    "The masks of `rows` as a `StoredArray` bool (n, size, size) in the file `path`, all False where unknown; and which are known, bool (n,)."
+    path.unlink(missing_ok=True)
+    masks, known = StoredArray(path, (frame.size,) * 2, bool), []
+    for row in rows.itertuples():
+        mask = dataset.mask(row, frame)
+        masks.append(np.zeros((1, *masks.shape), bool) if mask is None else mask[None])
+        known.append(mask is not None)
+    return masks, np.array(known)
+
+
+def on_disk(path, array):
+    "The same array, but in the file `path` and mapped from there."
+    np.save(path, array)
+    return np.load(path, mmap_mode="r")
 
 
 def measure(labels, scores, maps, masks, known):
-    "All metrics of scores (n,) and maps (n, size, size) against labels (n,) and those masks (n, size, size) that are `known` (n,)."
+    """All metrics of scores (n,) and maps (n, size, size) against labels (n,) and those masks (n, size, size) that are `known` (n,).
+
+    Maps and masks may be arrays or `StoredArray`s.
+    """
     image = image_metrics(labels, scores)
     if known.any():
         pixel = pixel_metrics(masks[known], maps[known])
@@ -327,6 +435,8 @@ def count_calls(network):
 def counted_pixels(masks, maps, known):
     "`PixelCounts` of all n images, in their order, from those whose mask is `known` (n,); all others count nothing."
     counts = pixel_counts(masks[known], maps[known])
+    if known.all():
+        return counts
     everything = PixelCounts(*(np.zeros((len(known), *one.shape[1:]), one.dtype) for one in counts))
     for whole, one in zip(everything, counts):
         whole[known] = one
@@ -371,21 +481,21 @@ def choose_examples(rows, maps, masks):
 def fixed_examples(detector, dataset, rows, maps, masks, known):
     """At most six test files of a category, the same whatever the method: the first normal one and the first of each type of anomaly.
 
+    `rows` has the columns score and window, where in the file the map is from.
     Returns arrays with a row per file: path, defect, label, score, picture uint8 (n, H, W, 3), map float16 (n, H, W), mask bool
     (n, H, W), known bool (n,) whether there is a mask, and reconstruction uint8 (n, H, W, 3) if the detector has one. Of a long
     sound, picture and reconstruction are of its loudest window, as the map is.
     """
     order = rows.reset_index(drop=True).sort_values(["label", "defect", "path"]).drop_duplicates(["label", "defect"]).head(6)
     chosen, frame = order.index.to_numpy(), detector.frame
-    frames, owners = detector.frames([dataset.root / path for path in order.path])
-    labels = detector.class_labels(list(order.category), len(order))
-    found, reconstruction = detector.detect_frames(frames, labels[owners.to(labels.device)])
-    windows = loudest(map_scores(found["anomaly"].float().cpu(), detector.config.top_share), owners)
+    frames = torch.stack([frame.load(dataset.root / path, window) for path, window in zip(order.path, order.window)])
+    _, reconstruction = detector.detect_frames(frames, detector.class_labels(list(order.category), len(order)))
     one = {"path": np.array(order.path, str), "defect": np.array(order.defect, str), "label": order.label.to_numpy(),
-           "score": order.score.to_numpy(), "picture": np.stack([frame.picture(one) for one in frames[windows]]),
-           "map": maps.numpy()[chosen].clip(-6e4, 6e4).astype(np.float16), "mask": masks[chosen], "known": known[chosen]}
+           "score": order.score.to_numpy(), "picture": np.stack([frame.picture(one) for one in frames]),
+           "map": np.stack([maps[i] for i in chosen]).clip(-6e4, 6e4).astype(np.float16), "mask": np.stack([masks[i] for i in chosen]),
+           "known": known[chosen]}
     if reconstruction is not None:
-        shown = functional.interpolate(reconstruction.float().cpu()[windows], size=(frame.size,) * 2, mode="bilinear")
+        shown = functional.interpolate(reconstruction.float().cpu(), size=(frame.size,) * 2, mode="bilinear")
         one["reconstruction"] = np.stack([frame.picture(picture) for picture in shown])
     return one
 
@@ -398,12 +508,11 @@ def draw_figures(folder, detector, dataset, log, scores, curves, examples):
     thresholds = {name: one["threshold"] for name, one in (detector.config.calibration or {}).items()}
     for category in dict.fromkeys(row.category for row, *_ in examples):
         cases = [case for case in examples if case[0].category == category]
-        sources = [dataset.root / row.path for row, *_ in cases]
-        frames, owners = detector.frames(sources)
-        out = detector(sources, category=category)
+        frames = torch.stack([frame.load(dataset.root / row.path, row.window) for row, *_ in cases])
+        out = detector(frames, category=category)
         pictures = None if out.reconstructions is None else [
             frame.picture(torch.from_numpy(one).movedim(-1, 0) * 2 - 1) for one in out.reconstructions]
-        table = [{"title": f"{why}\n{row.defect}\nscore {row.score:.2f}", "image": frame.picture(frames[owners == i][0]),
+        table = [{"title": f"{why}\n{row.defect}\nscore {row.score:.2f}", "image": frame.picture(frames[i]),
                   "reconstruction": None if pictures is None else pictures[i],
                   "discrepancies": {name: one[i] for name, one in out.discrepancies.items()}, "map": anomaly_map, "mask": mask}
                  for i, (row, anomaly_map, mask, why) in enumerate(cases)]
@@ -411,7 +520,7 @@ def draw_figures(folder, detector, dataset, log, scores, curves, examples):
         limit = detector.discrepancy.limit or 3 * max(thresholds.get(category, 0.0), 0.0) or None
         figures.save_figure(figures.panel(table, limit, frame.axes()), folder / f"cases_{category}.png")
         if detector.network is not None and detector.codec.has_decoder:
-            figures.save_figure(film_strip(detector, sources[0], category), folder / f"correction_{category}.png")
+            figures.save_figure(film_strip(detector, frames[0], category), folder / f"correction_{category}.png")
     if "loss" in log:
         figures.save_figure(figures.loss_curve(log), folder / "loss.png")
     figures.save_figure(figures.score_histogram(scores, thresholds), folder / "scores.png")
