@@ -5,9 +5,9 @@ repeated."""
 
 # %% auto #0
 __all__ = ['TrainingConfig', 'DetectorConfig', 'checked', 'make_frame', 'make_codec', 'learning_rate_factor', 'augment',
-           'LatentCache', 'TrainingLatents', 'latent_settings', 'batch_indices', 'epoch_order', 'denoising_losses',
-           'own_part', 'validation_loss', 'own_generators', 'save_checkpoint', 'load_checkpoint', 'train',
-           'normal_latents', 'write_log', 'train_network', 'normal_maps', 'normal_scores', 'held_out_scores']
+           'LatentCache', 'TrainingLatents', 'latent_settings', 'batch_indices', 'denoising_losses', 'own_part',
+           'validation_loss', 'own_generators', 'save_checkpoint', 'load_checkpoint', 'train', 'normal_latents',
+           'write_log', 'train_network', 'normal_maps', 'normal_scores', 'held_out_scores']
 
 # %% ../nbs/51_training.ipynb #f4201fb2
 import contextlib
@@ -276,11 +276,11 @@ def latent_settings(detector, frames, augmentations):
 def batch_indices(batch, count, batch_size, seed):
     "Image indices (n,) of batch number `batch` in the endless stream of epochs over `count` images."
     epoch, position = divmod(batch, math.ceil(count / batch_size))
-    return epoch_order(epoch, count, seed)[position * batch_size:(position + 1) * batch_size]
+    return _epoch_order(epoch, count, seed)[position * batch_size:(position + 1) * batch_size]
 
 
 @functools.lru_cache(maxsize=2)
-def epoch_order(epoch, count, seed):
+def _epoch_order(epoch, count, seed):
     "The permutation (count,) of an epoch; batches are drawn ahead, so two epochs may be under way."
     return torch.randperm(count, generator=torch.Generator().manual_seed(derive_seed(seed, "order", epoch)))
 
