@@ -7,9 +7,10 @@ the hardware has."""
 __all__ = ['COMPILE_FROM', 'usable_cores', 'pointwise', 'Pointwise', 'use_pointwise', 'MachineSettings', 'use_machine',
            'describe_device', 'network_precision', 'compiled', 'with_fallback']
 
-# %% ../nbs/02_machine.ipynb #fc3e9f9f
+# %% ../nbs/02_machine.ipynb #6a9ad1f8
 import importlib.util
 import os
+import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,10 @@ class MachineSettings:
 
 
 def use_machine(device):
-    "Sets threads, and on a GPU TF32 products and the choice of convolution kernels; returns the `MachineSettings`."
+    """Sets threads, and on a GPU TF32 products and the choice of convolution kernels; returns the `MachineSettings`.
+
+    They are told on standard error, once in a process (and by the first one of several that train together).
+    """
     device = torch.device(device)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
@@ -87,9 +91,16 @@ def use_machine(device):
         torch.set_float32_matmul_precision("high")  # TF32 in matrix products
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = not torch.backends.cudnn.deterministic
-    return MachineSettings(
+    settings = MachineSettings(
         device=describe_device(device), threads=torch.get_num_threads(), products="TF32" if device.type == "cuda" else "float32",
         linear_layers="oneDNN" if device.type == "cpu" and _onednn else "torch")
+    if settings not in _told and os.environ.get("RANK", "0") == "0":
+        print(settings.describe(), file=sys.stderr)
+        _told.add(settings)
+    return settings
+
+
+_told = set()
 
 
 def describe_device(device):

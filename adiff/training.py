@@ -37,6 +37,7 @@ from .audio import LogMel
 from .codecs import load_codec
 from .core import InputError, atomic_path, derive_seed, ensure_folder, progress, read_json, set_seed, versions, write_json
 from .data import PROTOCOLS, Frames, read_ahead, sample_of, stacked
+from .machine import compiled
 from .pipeline import loudest, map_scores
 
 # %% ../nbs/51_training.ipynb #277c8a8e
@@ -397,7 +398,8 @@ def train_network(accelerator, detector, dataset, config, out_dir, resume):
     validation = None if held_out.empty else TrainingLatents(detector, dataset, held_out, folder=folders["validation"])
 
     parameters = list(detector.network.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay,
+                                  fused=accelerator.device.type in ("cpu", "cuda"))
     ema = EMAModel(parameters, decay=config.ema_decay, use_ema_warmup=True, power=0.75) if config.ema_decay else None
     settings, log, start = config.model_dump_json(), [], 0
     if out_dir is not None:
@@ -415,7 +417,8 @@ def train_network(accelerator, detector, dataset, config, out_dir, resume):
     per_epoch = math.ceil(len(latents) / config.batch_size)
     accumulation, rank, world = config.gradient_accumulation_steps, accelerator.process_index, accelerator.num_processes
     updates = config.length if config.unit == "steps" else max(1, config.length * per_epoch // accumulation)
-    began = time.monotonic() - (log[-1]["seconds"] if log else 0)
+    answer = compiled(network, (updates - start) * accumulation, accelerator.device)
+    began, pending = time.monotonic() - (log[-1]["seconds"] if log else 0), []
 
     def averaged(measure):
         "Calls `measure` with the averaged weights in place, if there are any."
@@ -427,6 +430,15 @@ def train_network(accelerator, detector, dataset, config, out_dir, resume):
             return measure()
         finally:
             ema.restore(parameters)
+
+    def settle():
+        "Fetches the losses of the last updates. Not after each one: a GPU would have to be waited for."
+        for line, loss in pending:
+            line["loss"] = loss.item()
+            if not math.isfinite(line["loss"]):
+                raise InputError(f"training: the loss is {line['loss']} at step {line['step']}; try a lower learning_rate or gradient_clip 1.0"
+                                 " (the last checkpoint is kept)")
+        pending.clear()
 
     def save(step):
         if out_dir is not None and accelerator.is_main_process:
@@ -444,32 +456,33 @@ def train_network(accelerator, detector, dataset, config, out_dir, resume):
             rate = config.learning_rate * learning_rate_factor(done, config.warmup, config.horizon or config.length)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            total = 0.0
+            total = torch.zeros((), device=accelerator.device)
             for batch in range(step * accumulation, (step + 1) * accumulation):
                 z0, labels = next(batches)
                 drawn, labels, factor = own_part(detector.forward_process.sample(z0), labels, rank, world)
                 if world > 1:
                     set_seed(derive_seed(config.seed, "batch", batch, "process", rank))
                 with accelerator.accumulate(network):
-                    loss = factor * denoising_losses(network, drawn, labels)[1]
+                    loss = factor * denoising_losses(answer, drawn, labels)[1]
                     accelerator.backward(loss)
                     if accelerator.sync_gradients and config.gradient_clip:
                         accelerator.clip_grad_norm_(parameters, config.gradient_clip)
                     optimizer.step()
                     optimizer.zero_grad()
-                total += accelerator.reduce(loss.detach(), "mean").item() / accumulation
-            if not math.isfinite(total):
-                raise InputError(f"training: the loss is {total} at step {step + 1}; try a lower learning_rate or gradient_clip 1.0"
-                                 " (the last checkpoint is kept)")
+                total += accelerator.reduce(loss.detach(), "mean") / accumulation
             if ema:
                 ema.step(parameters)
-            log.append({"step": step + 1, "loss": total, "lr": rate, "seconds": round(time.monotonic() - began, 3)})
-            if validation and ((step + 1) % config.validate_every == 0 or step + 1 == updates):
+            log.append({"step": step + 1, "loss": None, "lr": rate, "seconds": round(time.monotonic() - began, 3)})
+            pending.append((log[-1], total))
+            now_and_then = lambda every: (step + 1) % every == 0 or step + 1 == updates
+            if now_and_then(10) or now_and_then(config.checkpoint_every):
+                settle()
+                bar.set_postfix(loss=f"{sum(line['loss'] for line in log[-20:]) / len(log[-20:]):.4f}", refresh=False)
+            if validation and now_and_then(config.validate_every):
                 log[-1]["validation_loss"] = averaged(lambda: validation_loss(detector, validation, config.seed))
-            if (step + 1) % config.checkpoint_every == 0 or step + 1 == updates:
+            if now_and_then(config.checkpoint_every):
                 save(step + 1)
             bar.update()
-            bar.set_postfix(loss=f"{sum(line['loss'] for line in log[-20:]) / len(log[-20:]):.4f}", refresh=False)
     bar.close()
     if ema:
         ema.copy_to(parameters)

@@ -57,7 +57,7 @@ def train_cases(data):
     assert len(dataset.select("train")) == 9
     sizes, probabilities = official_patches(8)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.optim, "AdamW", lambda parameters, lr, weight_decay: torch.optim.SGD(parameters, lr=lr))
+        patch.setattr(torch.optim, "AdamW", lambda parameters, lr, **others: torch.optim.SGD(parameters, lr=lr))
         for name, values in CASES.items():
             process = (GaussianForwardProcess(min_snr_gamma=5.0) if "weighted" in name
                        else MaskedForwardProcess(patch_sizes=sizes, patch_probabilities=probabilities))
