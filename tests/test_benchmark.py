@@ -1,0 +1,120 @@
+"""The benchmark: the plain maths agrees with ours, a short run writes complete files, and wrong checkouts are refused in one line."""
+import json
+import os
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import papermill
+import pytest
+import torch
+from click.testing import CliRunner
+
+from adiff import InputError, benchmark
+from adiff.benchmark import (CODECS, Settings, blob_maps, class_labels, contestants, differences, load_official, measure, measure_parts,
+                             measure_training, pictures, plain_aupro, quartiles, ratios, run_benchmark)
+from adiff.cli import main
+from adiff.metrics import aupro, official_aupro
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+quick = Settings(torch.device("cpu"), seconds=0.0, rounds=1)
+
+
+def contest(made, codec, count=2):
+    "Checks network outputs, corrected latents and maps of all contestants against ours."
+    images, labels = pictures(count, CODECS[codec][1]), class_labels(count)
+    z = made["ours"].encode(images)
+    answer, corrected, maps = made["ours"].answer(z, labels), made["ours"].correct(z, labels), made["ours"].detect(images, labels)
+    assert answer.abs().max() > 0.1 and (z - corrected).abs().mean() > 0.05 and maps.std() > 1e-4  # not zero against zero
+    for name, one in list(made.items())[1:]:
+        assert torch.allclose(one.encode(images), z, atol=1e-4), name
+        assert torch.allclose(one.answer(z, labels), answer, atol=1e-5), name
+        assert torch.allclose(one.correct(z, labels), corrected, atol=1e-4), name
+        assert torch.allclose(one.detect(images, labels).float(), maps, atol=1e-3), name
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_plain_maths_is_ours(codec):
+    made = contestants("nano", codec)
+    assert set(made) == {"ours", "plain"}
+    contest(made, codec, 2 if codec == "wavelet" else 1)
+
+
+def test_the_loop_for_aupro_is_ours():
+    masks, maps = blob_maps(8, 64, seed=3)
+    assert abs(plain_aupro(masks, maps) - official_aupro(masks, maps)) < 1e-6
+    assert abs(plain_aupro(masks, maps) - aupro(masks, maps)) < 0.01
+
+
+def test_ratios_do_not_depend_on_drift():
+    now = [0.0]
+
+    def work(cost):
+        now[0] += cost * (1 + now[0] / 50)
+
+    times = measure({"ours": lambda: work(1.0), "plain": lambda: work(2.0)}, seconds=100, clock=lambda: now[0])
+    assert times["ours"][-1] > 1.5 * times["ours"][0] and abs(ratios(times)["plain"]["median"] - 2) < 0.1
+    assert quartiles([1, 2, 3]) == {"median": 2, "q1": 1.5, "q3": 2.5}
+
+
+def test_no_time_without_equal_outputs():
+    with pytest.raises(InputError, match="official.*differ.*no time"):
+        differences({"ours": torch.zeros(2), "official": torch.full((2,), torch.nan)}, {"official": 1e-4}, "outputs")
+    made = contestants("nano")
+    with torch.no_grad():
+        made["plain"].network.unet.conv_out.bias += 0.01
+    with pytest.raises(InputError, match="network call of plain and ours differ"):
+        measure_parts(quick, made, 1, "nano", names=("network call",))
+
+
+def test_wrong_checkouts(tmp_path):
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(InputError, match="git clone"):
+            load_official(folder)
+    (tmp_path / "diffusion").mkdir()
+    (tmp_path / "models.py").write_text("UNet_models = {}")
+    with pytest.raises(InputError, match="no checkout"):
+        load_official(tmp_path)
+    (tmp_path / "models.py").write_text("import a_package_nobody_has")
+    result = CliRunner().invoke(main, ["benchmark", "--official", str(tmp_path), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2 and "pip install a_package_nobody_has" in result.output and not (tmp_path / "out").exists()
+    result = CliRunner().invoke(main, ["benchmark", "--sizes", "tiny", "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2 and "nano" in result.output
+
+
+def test_a_short_benchmark_is_complete(tmp_path, monkeypatch):
+    monkeypatch.delitem(benchmark.STARTS, "import adiff.experiment")  # seconds each time, and nothing new
+    result = run_benchmark(tmp_path, "cpu", ["nano"], [1, 2], seconds=0.0, rounds=1, training_batch_size=2, maps=4)
+    assert result == json.loads((tmp_path / "benchmark.json").read_text())
+    parts = [one["part"] for one in result["measurements"]]
+    assert parts.count("detection") == 3 and {"AUPRO", "pixel metrics", "encode", "network call", "correction", "decode", "scoring",
+                                              "training step"} <= set(parts)
+    for one in result["measurements"]:
+        ours, plain = one["contestants"]["ours"], one["contestants"]["plain"]
+        assert ours["seconds"]["median"] > 0 and plain["ratio"]["median"] > 0 and plain["difference"] <= plain["limit"]
+    memory = [one["contestants"][name]["peak_mb"] for one in result["measurements"] for name in ("ours", "plain")
+              if one["part"] == "training step"]
+    assert len(memory) == 2 and min(memory) > 100
+    assert result["starts"]["adiff --help"]["median"] > 0 and result["training"]["seconds"] is None
+    assert result["machine"]["cpu"] and result["versions"]["torch"]
+    table = pd.read_csv(tmp_path / "benchmark.csv")
+    assert set(table.contestant) >= {"ours", "plain"} and table.seconds_median.notna().sum() == len(table) - 1
+    assert (tmp_path / "benchmark.png").stat().st_size < 120_000
+
+
+def test_notebook_has_the_parameters(repository):
+    known = papermill.inspect_notebook(repository / "nbs/experiments/benchmark.ipynb")
+    assert {"out_dir", "device", "sizes", "batch_sizes", "official", "seconds", "rounds", "minutes", "all_thresholds"} == set(known)
+    assert all(one["help"] for one in known.values())
+
+
+def test_official_code_is_ours():
+    folder = os.environ.get("ADIFF_OFFICIAL")
+    if not folder:
+        pytest.skip("needs a checkout of the official code: set ADIFF_OFFICIAL to its folder")
+    code = load_official(folder)
+    made = contestants("XS", official=code)
+    assert set(made) == {"ours", "plain", "official"}
+    contest(made, "wavelet")
+    record = measure_training(replace(quick, official=code), "XS", 2)
+    assert record["contestants"]["official"]["difference"] < 1e-4 and np.isfinite(record["contestants"]["official"]["ratio"]["median"])
