@@ -19,6 +19,7 @@ from PIL import Image
 from . import figures
 from .core import InputError, atomic_path, ensure_folder, progress, resolve_device
 from .data import find_files, read_ahead, read_image
+from .machine import use_machine
 from .pipeline import AnomalyDetector, map_scores
 
 # %% ../nbs/53_detection.ipynb #39dd50f7
@@ -122,7 +123,9 @@ def detect_files(model, paths, out_dir, category=None, batch_size=16, device="au
     counts, and windows.csv has path, start, end (seconds) and score of each. In memory are the numbers of all files, but pictures and
     maps of two batches at most. Raises `InputError` before anything is written if no file can be read.
     """
-    detector = AnomalyDetector.from_pretrained(model).to(resolve_device(device))
+    device = resolve_device(device)
+    use_machine(device)
+    detector = AnomalyDetector.from_pretrained(model).to(device)
     label = detector.class_labels(category, 1)
     category, frame = detector.config.categories[int(label)], detector.frame
     files = expand_paths(paths, frame.kind)

@@ -35,7 +35,7 @@ from .baselines import BASELINES
 from .core import (InputError, atomic_folder, atomic_path, ensure_folder, locked, progress, read_json, resolve_device,
                         unknown_name, versions, write_json)
 from .data import Frames, read_dataset, sample_of
-from .deco_diff import DECO_DIFF_PRESETS, DeCoDiffConfig, build_deco_diff
+from .deco_diff import DECO_DIFF_PRESETS, DECO_DIFF_SOUNDS, DeCoDiffConfig, build_deco_diff
 from .distributed import count_processes, fit_in_processes, launched_processes
 from .machine import use_machine
 from .metrics import (PixelCounts, counted_pro_curve, harmonic_mean_metrics, image_metrics, mean_metrics, pixel_counts,
@@ -64,7 +64,7 @@ class Method:
 
 
 METHODS = {
-    "deco": Method(DeCoDiffConfig, build_deco_diff, DECO_DIFF_PRESETS, conditional=True, divisible=True),
+    "deco": Method(DeCoDiffConfig, build_deco_diff, DECO_DIFF_PRESETS, DECO_DIFF_SOUNDS, conditional=True, divisible=True),
     "adiff": Method(ADiffConfig, build_adiff, ADIFF_PRESETS, ADIFF_SOUNDS, divisible=True),
     "ddpm": Method(ADiffConfig, build_adiff, DDPM_PRESETS, {"top_share": ADIFF_SOUNDS["top_share"]}, divisible=True),
     "ddpm-simplex": Method(ADiffConfig, build_adiff, SIMPLEX_PRESETS, {"top_share": ADIFF_SOUNDS["top_share"]}, divisible=True),
