@@ -12,7 +12,7 @@ __all__ = ['CODECS', 'LIMITS', 'GPU_ONLY', 'STARTS', 'NOTES', 'PlainUNet', 'fill
            'measure_metrics', 'measure_starts', 'updates_time', 'describe_benchmark_machine', 'run_benchmark',
            'add_memory', 'benchmark_rows', 'benchmark_table', 'benchmark_text', 'benchmark_figure']
 
-# %% ../nbs/58_benchmark.ipynb #ba1378e9
+# %% ../nbs/58_benchmark.ipynb #86674196
 import json
 import math
 import os
@@ -20,7 +20,7 @@ import platform
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -614,7 +614,18 @@ def measure_detection(settings, made, batch, size, codec="wavelet"):
     "The record of whole detections, from images to maps, of `batch` images, by `contestants` of that size; limit 1e-3 for maps in [0, 1]."
     images, labels = pictures(batch, CODECS[codec][1]).to(settings.device), class_labels(batch, settings.device)
     functions = {name: lambda one=one: one.detect(images, labels) for name, one in made.items()}
-    return record(settings, "detection", functions, batch, {**LIMITS, "plain": 1e-3, "official": 1e-3}, size=size, codec=codec)
+    with _prepared(made):
+        return record(settings, "detection", functions, batch, {**LIMITS, "plain": 1e-3, "official": 1e-3}, size=size, codec=codec)
+
+
+@contextmanager
+def _prepared(made):
+    "Our detectors as they look at many images: their weights are packed."
+    with ExitStack() as stack:
+        for one in made.values():
+            if isinstance(one, Ours):
+                stack.enter_context(one.detector.prepared())
+        yield
 
 
 def measure_parts(settings, made, batch, size, codec="wavelet", names=("encode", "network call", "correction", "decode", "scoring")):
@@ -631,7 +642,8 @@ def measure_parts(settings, made, batch, size, codec="wavelet", names=("encode",
     for part in names:
         functions = {name: lambda one=one: calls[part](one) for name, one in made.items()
                      if part in own or name in ("ours", "plain")}
-        records.append(record(settings, part, functions, batch, size=size, codec=codec))
+        with _prepared(made):
+            records.append(record(settings, part, functions, batch, size=size, codec=codec))
     return records
 
 

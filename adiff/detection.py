@@ -167,7 +167,7 @@ def detect_files(model, paths, out_dir, category=None, batch_size=16, device="au
 
     stream = parts()
     batches = iter(lambda: list(islice(stream, batch_size)), [])
-    with bar:
+    with bar, detector.prepared():
         for batch, loaded in read_ahead(lambda part: part[0].load(frame, part[1]), ((batch, batch) for batch in batches), ahead=1):
             for (found, _), one in zip(batch, loaded):
                 if isinstance(one, InputError):

@@ -335,7 +335,7 @@ def detect_batches(detector, dataset, rows, batch_size=16, desc="testing"):
     frames = Frames(dataset, rows, detector.frame)
     labels = detector.class_labels(list(rows["category"]), len(rows))[frames.row]
     kept, kept_maps, seconds = torch.zeros(0, dtype=torch.int64), {}, 0.0
-    with progress(frames.batches(batch_size), desc=desc, total=-(-len(frames) // batch_size)) as batches:
+    with detector.prepared(), progress(frames.batches(batch_size), desc=desc, total=-(-len(frames) // batch_size)) as batches:
         for indices, batch in batches:
             began = time.perf_counter()
             maps, _ = detector.detect_frames(batch, labels[indices])

@@ -15,7 +15,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
 from .core import InputError, unknown_name
-from .machine import use_pointwise
+from .machine import use_onednn
 from .wavelets import WaveletDownsample, WaveletUpsample
 
 # %% ../nbs/25_multiscale.ipynb #222ddd80
@@ -50,7 +50,7 @@ class MultiScaleUNet(ModelMixin, ConfigMixin):
         super().__init__()
         channels = tuple(base_channels * multiplier for multiplier in channel_multipliers)
         attended = _attended(attention_levels, channels, head_channels)
-        self.unet = use_pointwise(UNet2DModel(
+        self.unet = use_onednn(UNet2DModel(
             in_channels=in_channels, out_channels=in_channels, layers_per_block=layers_per_block, dropout=dropout,
             block_out_channels=channels, norm_num_groups=_norm_groups(base_channels),
             down_block_types=tuple("AttnDownBlock2D" if here else "DownBlock2D" for here in attended),

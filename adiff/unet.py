@@ -15,7 +15,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import nn
 
 from .core import unknown_name
-from .machine import pointwise, use_pointwise
+from .machine import use_onednn
 
 # %% ../nbs/23_unet.ipynb #b4764dbe
 UNET_SIZES = {  # base_channels, num_heads, class_embedding_dim
@@ -43,7 +43,7 @@ class ClassTokenUNet(ModelMixin, ConfigMixin):
         levels, channels = len(channel_multipliers), tuple(base_channels * m for m in channel_multipliers)
         head_width = base_channels // num_heads
         self.class_embedding = nn.Embedding(num_classes, class_embedding_dim)
-        self.unet = use_pointwise(UNet2DConditionModel(
+        self.unet = use_onednn(UNet2DConditionModel(
             in_channels=in_channels, out_channels=in_channels, layers_per_block=2, dropout=dropout,
             block_out_channels=channels,
             down_block_types=("CrossAttnDownBlock2D",) * levels, up_block_types=("CrossAttnUpBlock2D",) * levels,
@@ -131,19 +131,14 @@ def _residual(resnet, x, time_term):
     "diffusers' residual block on x (N, C, h, w), given its time term."
     y = resnet.conv1(F.silu(resnet.norm1(x))) + time_term
     y = resnet.conv2(resnet.dropout(F.silu(resnet.norm2(y))))
-    return y + (x if resnet.conv_shortcut is None else _mix_channels(resnet.conv_shortcut, x))
+    return y + (x if resnet.conv_shortcut is None else resnet.conv_shortcut(x))
 
 
 def _transformer(layer, x, class_term):
     "diffusers' transformer of one block on x (N, C, h, w), given its class term."
     block = layer.transformer_blocks[0]
-    cells = _mix_channels(layer.proj_in, layer.norm(x)).permute(0, 2, 3, 1)
+    cells = layer.proj_in(layer.norm(x)).permute(0, 2, 3, 1)
     shape = cells.shape
     cells = cells + block.attn1(block.norm1(cells).flatten(1, 2)).view(shape) + class_term
     cells = cells + block.ff(block.norm3(cells))
-    return x + _mix_channels(layer.proj_out, cells.permute(0, 3, 1, 2))
-
-
-def _mix_channels(convolution, x):
-    "A 1 x 1 convolution of x (N, C, h, w)."
-    return pointwise(x.permute(0, 2, 3, 1), convolution.weight.flatten(1), convolution.bias).permute(0, 3, 1, 2)
+    return x + layer.proj_out(cells.permute(0, 3, 1, 2))

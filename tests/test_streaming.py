@@ -19,7 +19,7 @@ from adiff.detection import JoinedWindows, detect_files
 from adiff.experiment import detect_rows, evaluate, fit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-TINY = {"image_size": 32, "wavelet_levels": 2, "length": 6, "batch_size": 4, "augmentations": []}
+TINY = {"image_size": 32, "wavelet_levels": 2, "length": 6, "batch_size": 4, "augmentations": [], "discrepancy_levels": ["pixel", "latent"]}
 
 
 @pytest.fixture(scope="module")
