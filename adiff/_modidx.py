@@ -643,6 +643,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'adiff.machine._suits_onednn': ('machine.html#_suits_onednn', 'adiff/machine.py'),
                                'adiff.machine.compiled': ('machine.html#compiled', 'adiff/machine.py'),
                                'adiff.machine.describe_device': ('machine.html#describe_device', 'adiff/machine.py'),
+                               'adiff.machine.keep_freed_memory': ('machine.html#keep_freed_memory', 'adiff/machine.py'),
                                'adiff.machine.network_precision': ('machine.html#network_precision', 'adiff/machine.py'),
                                'adiff.machine.packed_weights': ('machine.html#packed_weights', 'adiff/machine.py'),
                                'adiff.machine.usable_cores': ('machine.html#usable_cores', 'adiff/machine.py'),

@@ -129,9 +129,9 @@ class ClassTokenUNet(ModelMixin, ConfigMixin):
 
 def _residual(resnet, x, time_term):
     "diffusers' residual block on x (N, C, h, w), given its time term."
-    y = resnet.conv1(F.silu(resnet.norm1(x))) + time_term
+    y = resnet.conv1(F.silu(resnet.norm1(x))).add_(time_term)
     y = resnet.conv2(resnet.dropout(F.silu(resnet.norm2(y))))
-    return y + (x if resnet.conv_shortcut is None else resnet.conv_shortcut(x))
+    return y.add_(x if resnet.conv_shortcut is None else resnet.conv_shortcut(x))
 
 
 def _transformer(layer, x, class_term):
@@ -139,6 +139,9 @@ def _transformer(layer, x, class_term):
     block = layer.transformer_blocks[0]
     cells = layer.proj_in(layer.norm(x)).permute(0, 2, 3, 1)
     shape = cells.shape
-    cells = cells + block.attn1(block.norm1(cells).flatten(1, 2)).view(shape) + class_term
-    cells = cells + block.ff(block.norm3(cells))
-    return x + layer.proj_out(cells.permute(0, 3, 1, 2))
+    cells = block.attn1(block.norm1(cells).flatten(1, 2)).view(shape).add_(cells).add_(class_term)  # in place: nobody else has it
+    widen, _, narrow = block.ff.net
+    values, gates = widen.proj(block.norm3(cells)).chunk(2, -1)
+    gates = F.gelu(gates)
+    cells = narrow(values * gates if gates.requires_grad else gates.mul_(values)).add_(cells)
+    return layer.proj_out(cells.permute(0, 3, 1, 2)).add_(x)
