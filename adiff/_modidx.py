@@ -306,6 +306,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'adiff.data._read_table': ('data.html#_read_table', 'adiff/data.py'),
                             'adiff.data._table_samples': ('data.html#_table_samples', 'adiff/data.py'),
                             'adiff.data._to_rgb': ('data.html#_to_rgb', 'adiff/data.py'),
+                            'adiff.data._without_team': ('data.html#_without_team', 'adiff/data.py'),
                             'adiff.data.find_files': ('data.html#find_files', 'adiff/data.py'),
                             'adiff.data.find_images': ('data.html#find_images', 'adiff/data.py'),
                             'adiff.data.kind_of': ('data.html#kind_of', 'adiff/data.py'),

@@ -23,6 +23,7 @@ import pandas as pd
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.Image import DecompressionBombError
+from threadpoolctl import threadpool_limits
 from torch.nn import functional
 
 from .core import InputError, derive_seed, unknown_name
@@ -486,7 +487,7 @@ def read_ahead(read, batches, ahead=2):
     Meanwhile up to 8 threads read the items of the next `ahead` batches. What `read` raises is raised here, when its batch is due; when
     the generator ends or is closed, the threads are gone.
     """
-    pool, waiting = ThreadPoolExecutor(min(8, usable_cores()), "read_ahead"), deque()
+    pool, waiting = ThreadPoolExecutor(min(8, usable_cores()), "read_ahead", _without_team), deque()
 
     def due():
         label, reading = waiting.popleft()
@@ -501,6 +502,15 @@ def read_ahead(read, batches, ahead=2):
             yield due()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _without_team():
+    """Keeps OpenMP from giving the calling thread a team of threads of its own.
+
+    With more teams than cores, OpenMP no longer waits actively, and every small operation of the main thread takes twice as long.
+    """
+    torch.get_num_threads()  # torch sets a number for each thread when first asked, so it is asked before
+    threadpool_limits(1, user_api="openmp")
 
 
 def stacked(frames):

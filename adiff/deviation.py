@@ -129,12 +129,13 @@ class MaskedForwardProcess(SchedulerMixin, ConfigMixin):
         choice = torch.multinomial(probabilities, n if self.config.patch_size_per == "image" else 1,
                                    replacement=True, generator=generator).expand(n).cpu()
 
+        white = torch.randn(z0.shape, **draw)
         mask, noise = torch.empty_like(z0[:, :1]), torch.empty_like(z0)
         for index in choice.unique().tolist():  # over the patch sizes in use, never over images
             size, chosen = self.config.patch_sizes[index], (choice == index).view(-1, 1, 1, 1).to(z0.device, non_blocking=True)
             keep = random_patch_mask(n, height, width, size, mask_ratio, **draw)
             gaussian = random_patch_mask(n, height, width, size, shuffle_ratio, **draw)
-            mixed = gaussian * torch.randn(z0.shape, **draw) + (1 - gaussian) * shuffle_patches(z0, size, generator)
+            mixed = torch.where(gaussian > 0, white, shuffle_patches(z0, size, generator))
             mask, noise = torch.where(chosen, keep, mask), torch.where(chosen, mixed, noise)
         return ForwardSample(self.add_deviation(z0, noise, mask, timesteps),
                              self.direction_of_deviation(z0, noise, mask, timesteps), timesteps, mask)
