@@ -40,8 +40,8 @@ class DeCoDiffConfig(DetectorConfig):
     latent_sigma: float = Field(1.0, ge=0, description="latent cells")
     feature_cap: float = Field(0.5, gt=0, description="cosine distance of frozen features, for the level feature")
 
-# %% ../nbs/30_deco_diff.ipynb #7194a597
-_minutes = dict(codec="wavelet", wavelet_levels=3, latent_scale="measured", image_size=None, unet="nano", dropout=0.0,
+# %% ../nbs/30_deco_diff.ipynb #00f2d18f
+_minutes = dict(codec="wavelet", wavelet_levels=2, latent_scale="measured", image_size=None, unet="nano", dropout=0.0,
                 patch_size_per="image", num_inference_steps=1, starting_step=4, discrepancy_levels=["pixel", "latent", "feature"],
                 combination="arithmetic", unit="steps", length=500, warmup=20, horizon=None,
                 learning_rate=1e-3, batch_size=16, gradient_accumulation_steps=1, gradient_clip=1.0, validate_every=50,
@@ -56,8 +56,8 @@ DECO_DIFF_PRESETS = {
     "paper": {},
 }
 
-# %% ../nbs/30_deco_diff.ipynb #5261a8d4
-DECO_DIFF_SOUNDS = dict(wavelet_levels=2, num_inference_steps=5, starting_step=None, discrepancy_levels=["pixel", "latent"])
+# %% ../nbs/30_deco_diff.ipynb #f65ccf33
+DECO_DIFF_SOUNDS = dict(num_inference_steps=5, starting_step=None, discrepancy_levels=["pixel", "latent"])
 
 # %% ../nbs/30_deco_diff.ipynb #533830a5
 def build_deco_diff(config, categories, frame):

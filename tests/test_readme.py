@@ -59,7 +59,7 @@ def run(*arguments):
 
 
 def test_adiff_commands(repository, workplace):
-    commands = [command for command in adiff_commands(repository) if command[0] not in ("reproduce", "table")]
+    commands = [command for command in adiff_commands(repository) if command[0] not in ("reproduce", "table", "benchmark")]
     assert [command[0] for command in commands] == ["demo", "fit", "detect", "fit", "detect", "fit", "evaluate", "fit"]
     for command in commands:
         run(*command)
@@ -69,6 +69,14 @@ def test_adiff_commands(repository, workplace):
     shutil.copytree("runs/bottle", "reproduced/demo/runs/bottle")  # test_reproduce.py carries matrices out
     (table,) = [command for command in adiff_commands(repository) if command[0] == "table"]
     assert "bottle" in run(*table)
+
+
+def test_benchmark_commands_are_understood(repository):
+    "What they do is left to test_benchmark.py."
+    commands = [command[1:] for command in adiff_commands(repository) if command[0] == "benchmark"]
+    assert len(commands) == 2
+    for command in commands:
+        assert main.commands["benchmark"].make_context("benchmark", list(command)).params["sizes"] == "XS,S"
 
 
 def test_matrices_plan(repository, workplace):
