@@ -204,17 +204,21 @@ def _draw(notebook, out):
 
 # %% ../nbs/62_reproduce.ipynb #6f2892f5
 def describe_plan(matrix, out=None, jobs=None, parameters=None, only=None, data=None):
-    "The runs of a matrix as text, one line each with its state, then the counts and an estimate of the time. Writes nothing."
+    """The runs of a matrix and how they stand, and what it may cost: ({label: state}, text). Writes nothing.
+
+    The text has a line for each run, then the counts and an estimate of the time.
+    """
     path = matrix_file(matrix)
     runs = plan(path, parameters, only, data)
     out = Path(out or Path("reproduced")/path.stem)
     if out.is_dir():
         _check_matrix(out, path.stem)
-    states = [state(out, run) for run in runs]
-    width = max(len(run.label) for run in runs)
-    lines = [f"{run.label:{width}}  {found}" for run, found in zip(runs, states)]
-    counts = {name: sum(found.startswith(name) for found in states) for name in ("done", "failed", "interrupted", "stale", "new")}
+    states = {run.label: state(out, run) for run in runs}
+    width = max(map(len, states))
+    lines = [f"{label:{width}}  {found}" for label, found in states.items()]
+    counts = {name: sum(found.startswith(name) for found in states.values()) for name in ("done", "failed", "interrupted", "stale", "new")}
     expected, jobs = expected_seconds(out, runs), jobs or make_engine("local", out, runs=len(runs)).at_once
-    left = [expected[run.group] for run, found in zip(runs, states) if found not in ("done", "failed")]
+    left = [expected[run.group] for run in runs if states[run.label] not in ("done", "failed")]
     hint = "no estimate: none has run yet" if None in left else f"about {duration(sum(left)/jobs)} with {jobs} at once" if left else "nothing to do"
-    return "\n".join([*lines, f"{len(runs)} runs: {', '.join(f'{count} {name}' for name, count in counts.items() if count)}; {hint}"])
+    lines.append(f"{len(runs)} runs: {', '.join(f'{count} {name}' for name, count in counts.items() if count)}; {hint}")
+    return states, "\n".join(lines)

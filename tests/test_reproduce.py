@@ -96,7 +96,7 @@ def test_interrupted_politely(squares, tmp_path):
     child.send_signal(signal.SIGINT)
     _, said = child.communicate(timeout=20)
     assert child.returncode == 130 and "stopped; the same command goes on" in said
-    assert "4 interrupted" in describe_plan(squares, tmp_path / "out", jobs=2)
+    assert "4 interrupted" in describe_plan(squares, tmp_path / "out", jobs=2)[1]
 
 
 def metrics_table(out):
@@ -173,7 +173,7 @@ def test_sbatch_script(squares, tmp_path, monkeypatch):
     for line in ("#SBATCH --array=0-3%2", "#SBATCH --requeue", "#SBATCH --time=01:00:00"):
         assert line in script.splitlines()
     assert contents(tmp_path / "out") == {"1": "1", "2": "4", "4": "16"}
-    assert "3 done, 1 failed" in describe_plan(squares, tmp_path / "out", jobs=1)
+    assert "3 done, 1 failed" in describe_plan(squares, tmp_path / "out", jobs=1)[1]
 
 
 def test_a_run_on_every_core_has_its_share_of_threads(squares, tmp_path):
