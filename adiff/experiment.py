@@ -37,6 +37,7 @@ from .core import (InputError, atomic_folder, atomic_path, ensure_folder, locked
 from .data import Frames, read_dataset, sample_of
 from .deco_diff import DECO_DIFF_PRESETS, DECO_DIFF_SOUNDS, DeCoDiffConfig, build_deco_diff
 from .distributed import count_processes, fit_in_processes, launched_processes
+from .extensions import Extensible
 from .machine import use_machine
 from .metrics import (PixelCounts, counted_pro_curve, harmonic_mean_metrics, image_metrics, mean_metrics, pixel_counts,
                            pixel_metrics)
@@ -52,7 +53,7 @@ class Method:
     `AnomalyDetector`. `presets`: name -> dict of keys. `sounds`: keys that differ for sounds. `conditional`: whether its network is
     told the category of a file. `divisible`: whether several processes can train it together: not what is learned without updates
     (a memory, a scikit-learn model), nor what normalises a batch as a whole, nor what only this process knows. Under a name in `METHODS`
-    it is known by that name: `METHODS["mine"] = Method(...)`.
+    it is known by that name: `METHODS["mine"] = Method(...)`; an installed package offers one under `adiff.methods` (`adiff.extensions`).
     """
 
     config: type
@@ -63,13 +64,13 @@ class Method:
     divisible: bool = False
 
 
-METHODS = {
+METHODS = Extensible("method", {
     "deco": Method(DeCoDiffConfig, build_deco_diff, DECO_DIFF_PRESETS, DECO_DIFF_SOUNDS, conditional=True, divisible=True),
     "adiff": Method(ADiffConfig, build_adiff, ADIFF_PRESETS, ADIFF_SOUNDS, divisible=True),
     "ddpm": Method(ADiffConfig, build_adiff, DDPM_PRESETS, {"top_share": ADIFF_SOUNDS["top_share"]}, divisible=True),
     "ddpm-simplex": Method(ADiffConfig, build_adiff, SIMPLEX_PRESETS, {"top_share": ADIFF_SOUNDS["top_share"]}, divisible=True),
     **{name: Method(*parts, divisible=name == "autoencoder") for name, parts in BASELINES.items()},
-}
+}, Method)
 
 
 def resolve_config(method, preset="cpu", overrides=None, seed=0, kind="image"):

@@ -23,6 +23,7 @@ from ruamel.yaml.error import YAMLError
 
 import adiff
 from .core import InputError, read_json, unknown_name, versions
+from .extensions import extension_code
 
 # %% ../nbs/60_matrix.ipynb #336dfa34
 class MatrixDataset(BaseModel):
@@ -325,6 +326,13 @@ def plan(path, parameters=None, only=None, data=None):
     return runs
 
 # %% ../nbs/60_matrix.ipynb #d40f6d6d
+def _words(value):
+    "Every string in `value`, also inside lists and mappings."
+    if isinstance(value, (list, dict)):
+        return set().union(*map(_words, value.values() if isinstance(value, dict) else value))
+    return {value} if isinstance(value, str) else set()
+
+
 def _planned(matrix, matrix_name, name, group, notebook, point, values, data, where):
     "The `PlannedRun` of one combination."
     for key, value in values.items():
@@ -347,11 +355,13 @@ def _planned(matrix, matrix_name, name, group, notebook, point, values, data, wh
             fingerprint, kind = _fingerprint(told["data_root"], values.get("categories", "all"), values.get("split_table"))
         _check_method(notebook.path, values, kind, where)
     told = {key: json.dumps(value) if isinstance(value, dict) else value for key, value in told.items()}
+    extensions = extension_code(_words(values))
     return PlannedRun(
         matrix=matrix_name, group=name, label=_label(name, point, group.axes, len(matrix.groups) > 1), axes=point,
         notebook=str(notebook.path.resolve()), parameters=told, takes=tuple(key for key in _own if key in notebook.parameters),
         parts={"code": _code(notebook.code), "versions": _tools(), "data": fingerprint,
-               "parameters": {key: value for key, value in values.items() if key != "data_root"}, "notebook": notebook.path.stem},
+               "parameters": {key: value for key, value in values.items() if key != "data_root"}, "notebook": notebook.path.stem,
+               **({"extensions": extensions} if extensions else {})},
         make=make, minutes=group.minutes, memory_gb=group.memory_gb)
 
 

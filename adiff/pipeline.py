@@ -21,6 +21,7 @@ from diffusers.utils import BaseOutput
 from .audio import LogMel
 from .core import InputError, read_json, unknown_name
 from .data import PROTOCOLS
+from .extensions import import_extension
 from .machine import network_precision, packed_weights
 
 # %% ../nbs/50_pipeline.ipynb #12d2b74a
@@ -104,8 +105,9 @@ class AnomalyDetector(DiffusionPipeline):
     def from_pretrained(cls, folder, **options):
         """Loads a detector from a folder written by `save_pretrained`, or from the hub.
 
-        Weights are read from safetensors only, and parts come from diffusers, from adiff or from a module that you have
-        imported already, so that a model folder cannot make python import something. Raises `InputError` otherwise.
+        Weights are read from safetensors only, and parts come from diffusers, from adiff, from what an installed package offers
+        adiff (`adiff.extensions`) or from a module that you have imported already, so that a model folder cannot make python import
+        something. Raises `InputError` otherwise.
         """
         folder = Path(folder) if Path(folder).is_dir() else Path(cls._from_hub(folder, **options))
         index = read_json(folder / "model_index.json")
@@ -116,6 +118,7 @@ class AnomalyDetector(DiffusionPipeline):
             if library in _part_modules:
                 import_module(library)
             elif library != "diffusers":
+                import_extension(library)
                 cls._check_foreign(folder, name, *index[name])
         try:
             return super().from_pretrained(folder, use_safetensors=True, **options)
