@@ -207,7 +207,7 @@ def _gpus(out):
     if not torch.cuda.is_available():
         if drivers:
             detail = f"{'; '.join(drivers)}: torch {torch.__version__} cannot use it"
-            return [Finding("GPU", "warning", detail, "runs take the CPU, and long", "install torch for your CUDA (pytorch.org, Get started)")]
+            return [Finding("GPU", "warning", detail, "runs take the CPU, and long", "install torch for your CUDA (see pytorch.org)")]
         return [Finding("GPU", "missing", "none", "presets gpu and paper would take days; preset cpu takes minutes", "use preset cpu")]
     findings = []
     for index in range(torch.cuda.device_count()):
