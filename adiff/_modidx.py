@@ -801,6 +801,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'adiff.pipeline.AnomalyDetector.prepared': ('pipeline.html#anomalydetector.prepared', 'adiff/pipeline.py'),
                                 'adiff.pipeline.AnomalyDetector.resize': ('pipeline.html#anomalydetector.resize', 'adiff/pipeline.py'),
                                 'adiff.pipeline.AnomalyOutput': ('pipeline.html#anomalyoutput', 'adiff/pipeline.py'),
+                                'adiff.pipeline._no_bar': ('pipeline.html#_no_bar', 'adiff/pipeline.py'),
                                 'adiff.pipeline.calibrate_scores': ('pipeline.html#calibrate_scores', 'adiff/pipeline.py'),
                                 'adiff.pipeline.loudest': ('pipeline.html#loudest', 'adiff/pipeline.py'),
                                 'adiff.pipeline.map_scores': ('pipeline.html#map_scores', 'adiff/pipeline.py')},
