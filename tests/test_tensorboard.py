@@ -1,4 +1,6 @@
 """A run as TensorBoard reads it back holds what the run folder holds; and what a training prints into a log reads well there."""
+import contextlib
+import io
 import json
 import sys
 
@@ -14,25 +16,32 @@ TINY = {"image_size": 32, "wavelet_levels": 2, "length": 12, "batch_size": 4, "v
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, one_thread):
+def trained(tmp_path_factory, one_thread):
+    "An evaluated run, and what was printed meanwhile on a standard error that is no terminal."
     folder = tmp_path_factory.mktemp("tensorboard")
     data = make_demo_data(folder / "demo", categories=("brick",), train=10, good=3, per_defect=1)
-    fit("deco", data, folder / "runs" / "brick", device="cpu", overrides=TINY)
-    return folder / "runs" / "brick"
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as log:
+        patch.delenv("JPY_SESSION_NAME", raising=False)
+        fit("deco", data, folder / "runs" / "brick", device="cpu", overrides=TINY)
+        evaluate(folder / "runs" / "brick", device="cpu")
+    return folder / "runs" / "brick", log.getvalue()
 
 
-def test_bars_in_a_log_are_whole_lines(run, capfd, monkeypatch):
-    monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
-    evaluate(run, device="cpu")
-    log = capfd.readouterr().err
+@pytest.fixture(scope="module")
+def run(trained):
+    return trained[0]
+
+
+def test_bars_in_a_log_are_whole_lines(trained):
+    log = trained[1]
     assert "\r" not in log and log.endswith("\n")
-    lines = [line for line in log.splitlines() if line.startswith("testing brick")]
-    assert lines[0].startswith("testing brick:   0%") and lines[-1].startswith("testing brick: 100%")
+    for job in ("measuring latents", "training", "testing brick"):
+        lines = [line for line in log.splitlines() if line.startswith(job)]
+        assert lines[0].startswith(f"{job}:   0%") and lines[-1].startswith(f"{job}: 100%"), log
 
 
 def test_events_hold_what_the_run_folder_holds(run):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    evaluate(run, device="cpu")
     for _ in range(2):  # the second time replaces the first
         assert write_tensorboard(run.parent) == [run / "tensorboard"]
     events = accumulator.EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0, "scalars": 0}).Reload()
