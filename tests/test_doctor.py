@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from adiff.doctor import Finding, _checks, _disk, examine, findings_json, findings_text, works
+from adiff.doctor import Finding, _checks, _disk, _gpus, examine, findings_json, findings_text, works
 
 REPORT = """
 import sys
@@ -94,6 +95,21 @@ def test_a_check_that_never_ends_is_given_up(tmp_path, monkeypatch):
 def test_a_folder_that_cannot_be_written_to():
     finding = _disk("output folder", "/proc/self/task/runs")
     assert finding.state == "error" and "cannot write" in finding.detail and finding.remedy
+
+
+def test_a_gpu_that_torch_cannot_use_and_one_that_it_can(tmp_path, monkeypatch):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'NVIDIA H100, 570.1, 81559 MiB'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    finding, = _gpus(tmp_path)
+    assert finding.state == "warning" and "NVIDIA H100" in finding.detail and "pytorch.org" in finding.remedy
+    for name, answer in {"is_available": True, "device_count": 1, "mem_get_info": (40e9, 80e9), "get_device_name": "NVIDIA H100",
+                         "get_device_capability": (9, 0)}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    finding, = _gpus(tmp_path)
+    assert finding.state == "ok" and finding.detail == "NVIDIA H100, 40 GB free of 80 GB, driver 570.1, bfloat16"
 
 
 def test_text_and_json_say_the_same():
