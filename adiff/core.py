@@ -16,6 +16,7 @@ import os
 import platform
 import random
 import re
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -180,11 +181,37 @@ def versions():
 
 # %% ../nbs/00_core.ipynb #5077bb17
 def progress(iterable=None, **options):
-    """A tqdm bar with time left; one refresh every half second, so that it also reads well in logs and notebooks.
+    """A tqdm bar with time left, on standard error: redrawn twice a second where somebody watches, else (a log) a line every 10 seconds.
 
     Where several processes do the same side by side (`adiff.distributed`), only the first shows its bars.
     """
-    return tqdm(iterable, mininterval=0.5, dynamic_ncols=True, disable=os.environ.get("RANK", "0") != "0", **options)
+    watched = sys.stderr.isatty() or "JPY_SESSION_NAME" in os.environ  # a terminal, or a notebook that is open in Jupyter
+    seconds, file = (0.5, sys.stderr) if watched else (10, _Lines(sys.stderr))
+    return _Bar(iterable, mininterval=seconds, maxinterval=max(seconds, 10), file=file, dynamic_ncols=watched,
+                disable=os.environ.get("RANK", "0") != "0", **options)
+
+
+class _Bar(tqdm):
+    "A bar whose end is out before the next thing is printed elsewhere: notebooks would show it below that, as an empty line."
+
+    def close(self):
+        if not self.disable:
+            super().close()
+            self.fp.flush()
+
+
+class _Lines:
+    "A text `file` in which every state of a bar is a line; without carriage returns."
+
+    def __init__(self, file):
+        self.file = file
+
+    def write(self, text):
+        if text := text.strip("\r\n "):
+            self.file.write(f"{text}\n")
+
+    def flush(self):
+        self.file.flush()
 
 
 def close_progress():

@@ -505,7 +505,8 @@ def draw_figures(folder, detector, dataset, log, scores, curves, examples):
     folder = ensure_folder(folder)
     frame = detector.frame
     thresholds = {name: one["threshold"] for name, one in (detector.config.calibration or {}).items()}
-    for category in dict.fromkeys(row.category for row, *_ in examples):
+    shown = dict.fromkeys(row.category for row, *_ in examples)
+    for category in progress(shown, desc="drawing", unit="category", delay=2):
         cases = [case for case in examples if case[0].category == category]
         frames = torch.stack([frame.load(dataset.root / row.path, row.window) for row, *_ in cases])
         out = detector(frames, category=category)

@@ -8,6 +8,7 @@ __all__ = ['AnomalyOutput', 'map_scores', 'loudest', 'calibrate_scores', 'Anomal
 # %% ../nbs/50_pipeline.ipynb #91570f54
 import math
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
-from diffusers.utils import BaseOutput
+from diffusers.utils import BaseOutput, logging
 
 from .audio import LogMel
 from .core import InputError, read_json, unknown_name
@@ -72,6 +73,18 @@ _part_modules = tuple(f"adiff.{name}" for name in (  # diffusers loads parts fro
     "baselines", "codecs", "deviation", "discrepancy", "features", "gaussian", "multiscale", "semantic", "unet"))
 
 
+@contextmanager
+def _no_bar():
+    "A context without the bar that diffusers draws for the parts of a pipeline, which are read in a moment."
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 class AnomalyDetector(DiffusionPipeline):
     """An anomaly detector: codec, forward process, network, correction and discrepancy.
 
@@ -121,7 +134,8 @@ class AnomalyDetector(DiffusionPipeline):
                 import_extension(library)
                 cls._check_foreign(folder, name, *index[name])
         try:
-            return super().from_pretrained(folder, use_safetensors=True, **options)
+            with _no_bar():
+                return super().from_pretrained(folder, use_safetensors=True, **options)
         except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
             raise InputError(f"{folder}: not a complete detector ({' '.join(str(error).split())[:200]})") from None
 

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 import adiff
-from .core import InputError, atomic_path, derive_seed, ensure_folder, read_json
+from .core import InputError, atomic_path, derive_seed, ensure_folder, progress, read_json
 from .metrics import METRIC_NAMES, PixelCounts, bootstrap_weights, counted_metrics, metric_title, weighted_image_metrics
 
 # %% ../nbs/63_tables.ipynb #590ed352
@@ -116,7 +116,8 @@ def collect(folders):
     folders = [folders] if isinstance(folders, (str, os.PathLike)) else folders
     leaves = {leaf.resolve(): (leaf, run) for folder in folders for leaf, run in find_leaves(folder)}.values()
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # numpy and file access leave the interpreter free
-        rows = [row for found in pool.map(lambda one: _rows(*one), leaves) for row in found]
+        found = progress(pool.map(lambda one: _rows(*one), leaves), desc="intervals", total=len(leaves), unit="run", delay=2)
+        rows = [row for one in found for row in one]
     return _told_apart(pd.DataFrame(rows))
 
 

@@ -379,7 +379,8 @@ def train(detector, dataset, config, out_dir=None, resume=False, device=None):
 @torch.no_grad()
 def normal_latents(detector, dataset, rows):
     "Latents (n, C, h, w) of all frames of `rows`, batch by batch; no file is touched before the first is asked for."
-    for _, frames in Frames(dataset, rows, detector.frame).batches():
+    every = Frames(dataset, rows, detector.frame)
+    for _, frames in progress(every.batches(16), desc="learning normals", total=-(-len(every) // 16), delay=2):
         yield detector.codec.encode(detector.resize(frames.to(detector.device, non_blocking=True)))
 
 
@@ -495,7 +496,7 @@ def normal_maps(detector, dataset, rows, batch_size=16):
     "Maps (name -> (n, size, size)) and positions in `rows` (n,) of all frames of `rows`, batch by batch."
     frames = Frames(dataset, rows, detector.frame)
     labels = detector.class_labels(list(rows["category"]), len(rows))
-    for indices, batch in frames.batches(batch_size):
+    for indices, batch in progress(frames.batches(batch_size), desc="scoring normals", total=-(-len(frames) // batch_size), delay=2):
         owners = frames.row[indices]
         yield detector.detect_frames(batch, labels[owners.to(labels.device)])[0], owners
 
