@@ -43,8 +43,9 @@ _packs = _onednn and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
 
 
 def _suits_onednn(x):
-    "Whether x is for oneDNN: float32 on a CPU, outside autocast."
-    return _onednn and x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    "Whether x is for oneDNN: float32 on a CPU, outside autocast, and not while a graph for another machine is traced."
+    return (_onednn and x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+            and not torch.compiler.is_exporting())
 
 
 class _Packable:
