@@ -12,6 +12,7 @@ __all__ = ['METHODS', 'Method', 'resolve_config', 'parse_overrides', 'fit', 'des
 # %% ../nbs/52_experiment.ipynb #54aac2ec
 import json
 import math
+import os
 import resource
 import shutil
 import sys
@@ -115,7 +116,7 @@ def fit(method, data_root, out_dir, preset="cpu", categories="all", seed=0, devi
     """
     out_dir = Path(out_dir)
     record, config, dataset = describe_run(method, data_root, preset, categories, seed, overrides, split_table)
-    if out_dir.resolve().is_relative_to(dataset.root.resolve()):
+    if Path(os.path.abspath(out_dir)).is_relative_to(dataset.root):
         raise InputError(f"{out_dir}: lies in the dataset {dataset.root}, so that what a run draws would be data next time; choose another out_dir")
     divisible, launched = METHODS[method].divisible, launched_processes()
     processes = count_processes(processes if divisible or launched else processes or 1, device)

@@ -111,7 +111,7 @@ def read_matrix(path):
     if not isinstance(values, dict):
         raise InputError(f"{path}: a matrix is a mapping with the key 'groups'; see nbs/60_matrix.ipynb")
     try:
-        return Matrix(**values)
+        return Matrix.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         raise InputError(f"{path}: {'.'.join(map(str, first['loc'][:4]))}: {first['msg'].lower()}") from None
