@@ -25,7 +25,13 @@ from tqdm import tqdm
 
 # %% ../nbs/00_core.ipynb #950671be
 class InputError(ValueError):
-    "What the user gave cannot be used. The message is one line: the file or parameter, what is wrong, what to do."
+    """What the user gave cannot be used. The message is one line: the file or parameter, what is wrong, what to do.
+
+    Line breaks and control characters, which a file's name may hold, are written as escapes.
+    """
+
+    def __init__(self, message):
+        super().__init__("".join(one if one.isprintable() else repr(one)[1:-1] for one in str(message)))
 
 # %% ../nbs/00_core.ipynb #591a740d
 def unknown_name(kind, name, known):
@@ -85,8 +91,8 @@ def ensure_folder(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return folder
-    except OSError as error:
-        raise InputError(f"{folder}: cannot write here ({error.strerror}); choose another output folder") from None
+    except (OSError, ValueError) as error:  # a ValueError: a NUL in the path
+        raise InputError(f"{folder}: cannot write here ({getattr(error, 'strerror', error)}); choose another output folder") from None
 
 # %% ../nbs/00_core.ipynb #bea3adec
 def write_json(path, value):
@@ -97,12 +103,14 @@ def write_json(path, value):
 
 
 def read_json(path):
-    "Reads a JSON file. Raises `InputError` if it is missing or not JSON."
+    "Reads a JSON file. Raises `InputError` if it is missing, cannot be read or is not JSON."
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:  # no JSON, another encoding, a number of thousands of digits, thousands of brackets
         raise InputError(f"{path}: not valid JSON ({error})") from None
 
 # %% ../nbs/00_core.ipynb #20bb8149

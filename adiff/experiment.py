@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'Method', 'resolve_config', 'parse_overrides', 'fit', 'describe_run', 'check_same_run', 'StoredArray',
-           'scratch_folder', 'evaluate', 'summary', 'count_parameters', 'detect_batches', 'detect_rows', 'store_maps',
-           'check_space', 'store_masks', 'on_disk', 'measure', 'count_calls', 'counted_pixels', 'write_arrays',
-           'peak_memory_mb', 'write_maps', 'choose_examples', 'fixed_examples', 'draw_figures', 'film_strip',
-           'run_each', 'run_folders', 'check_parameters']
+           'scratch_folder', 'evaluate', 'read_log', 'summary', 'count_parameters', 'detect_batches', 'detect_rows',
+           'store_maps', 'check_space', 'store_masks', 'on_disk', 'measure', 'count_calls', 'counted_pixels',
+           'write_arrays', 'peak_memory_mb', 'write_maps', 'choose_examples', 'fixed_examples', 'draw_figures',
+           'film_strip', 'run_each', 'run_folders', 'check_parameters']
 
 # %% ../nbs/52_experiment.ipynb #54aac2ec
 import json
 import math
+import os
 import resource
 import shutil
 import sys
@@ -86,12 +87,22 @@ def resolve_config(method, preset="cpu", overrides=None, seed=0, kind="image"):
 
 def parse_overrides(text):
     "Overrides from a JSON object in a string, as the notebooks and the command line take them."
+    def no_number(name):
+        raise ValueError(f"{name} is no JSON")
+
+    def once(pairs):
+        names = [name for name, _ in pairs]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"{min(twice)!r} is there twice")
+        return dict(pairs)
+
     try:
-        overrides = json.loads(text or "{}")
-    except json.JSONDecodeError as error:
-        raise InputError(f"overrides: not valid JSON ({error}); write it like '{{\"codec\": \"taef2\"}}'") from None
+        overrides = json.loads(text or "{}", parse_constant=no_number, object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise InputError(f"overrides: not valid JSON ({reason}); write it like '{{\"codec\": \"taef2\"}}'") from None
     if not isinstance(overrides, dict):
-        raise InputError(f"overrides: must be a JSON object like '{{\"codec\": \"taef2\"}}', got {text}")
+        raise InputError(f"overrides: must be a JSON object like '{{\"codec\": \"taef2\"}}', got {text[:100]}")
     return overrides
 
 # %% ../nbs/52_experiment.ipynb #a634ff1a
@@ -106,6 +117,8 @@ def fit(method, data_root, out_dir, preset="cpu", categories="all", seed=0, devi
     """
     out_dir = Path(out_dir)
     record, config, dataset = describe_run(method, data_root, preset, categories, seed, overrides, split_table)
+    if Path(os.path.abspath(out_dir)).is_relative_to(dataset.root):
+        raise InputError(f"{out_dir}: lies in the dataset {dataset.root}, so that what a run draws would be data next time; choose another out_dir")
     divisible, launched = METHODS[method].divisible, launched_processes()
     processes = count_processes(processes if divisible or launched else processes or 1, device)
     if processes > 1 and not divisible:
@@ -239,9 +252,21 @@ def evaluate(run, device="auto", save_maps=False, batch_size=16):
         return _evaluate(run, device, save_maps, batch_size, scratch)
 
 
+def read_log(path):
+    "The log.jsonl at `path` as a data frame. Raises `InputError` if it is missing, torn or empty."
+    try:
+        log = pd.read_json(path, lines=True)
+        log["seconds"]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: not the log of a training ({error}); train again") from None
+    return log
+
+
 def _evaluate(run, device, save_maps, batch_size, scratch):
     "`evaluate`, while nobody else writes to the run folder."
     record = read_json(run / "config.json")
+    if not isinstance(record, dict) or not {"method", "preset", "seed", "dataset"} <= record.keys():
+        raise InputError(f"{run / 'config.json'}: not what training writes; train again")
     if not (run / "model" / "model_index.json").exists():
         raise InputError(f"{run}: training has not finished; resume it first")
     device = resolve_device(device)
@@ -253,6 +278,7 @@ def _evaluate(run, device, save_maps, batch_size, scratch):
         raise InputError(f"{about['root']}: the data has changed since {run} was trained on it; train again")
     if dataset.select("test").empty:
         raise InputError(f"{about['root']}: no test {dataset.kind}s to evaluate on; use detect for new files")
+    log = read_log(run / "log.jsonl")
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -292,7 +318,6 @@ def _evaluate(run, device, save_maps, batch_size, scratch):
     if len(dataset.categories) > 1 and METHODS[record["method"]].conditional:
         notes.append(_label_note)
     notes += [f"{name}: {note}" for name, result in categories.items() for note in result.pop("notes")]
-    log = pd.read_json(run / "log.jsonl", lines=True)
     metrics = {
         "method": record["method"], "dataset": about["name"], "kind": dataset.kind, "preset": record["preset"],
         "seed": record["seed"], "categories": categories, **summary(categories, notes),

@@ -110,6 +110,9 @@ class AnomalyDetector(DiffusionPipeline):
         protocol = protocol if isinstance(protocol, (str, dict)) else protocol.config()
         if isinstance(protocol, str) and protocol not in PROTOCOLS:
             raise unknown_name("protocol", protocol, PROTOCOLS)
+        known = {"threshold", "mean", "std"}
+        if calibration is not None and not (isinstance(calibration, dict) and all(known <= dict(one).keys() for one in calibration.values())):
+            raise InputError(f"calibration: must hold {', '.join(sorted(known))} of every category, or be None")
         self.register_to_config(categories=list(categories), image_size=image_size, protocol=protocol, top_share=top_share,
                                 calibration=calibration, mixed_precision=mixed_precision)
         self.set_progress_bar_config(disable=True)
@@ -127,26 +130,39 @@ class AnomalyDetector(DiffusionPipeline):
         """
         folder = Path(folder) if Path(folder).is_dir() else Path(cls._from_hub(folder, **options))
         index = read_json(folder / "model_index.json")
-        for name in cls._get_signature_keys(cls)[0] & index.keys():
-            library = str(index[name][0])
+        names = cls._get_signature_keys(cls)[0]
+        if not isinstance(index, dict) or not all(isinstance(index.get(name), list) and len(index[name]) == 2 for name in names):
+            raise InputError(f"{folder / 'model_index.json'}: does not name a module and a class for each of {', '.join(sorted(names))}")
+        for name in names:
             if index[name][0] is None and name in cls._optional_components:
                 continue
+            library = str(index[name][0])
             if library in _part_modules:
                 import_module(library)
             elif library != "diffusers":
                 import_extension(library)
-                cls._check_foreign(folder, name, *index[name])
+            cls._check_part(folder, name, library, index[name][1])
         try:
             with _no_bar():
-                return super().from_pretrained(folder, use_safetensors=True, **options)
-        except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
+                detector = super().from_pretrained(folder, use_safetensors=True, **options)
+        except Exception as error:  # torn weights and foreign configurations fail in any way
             raise InputError(f"{folder}: not a complete detector ({' '.join(str(error).split())[:200]})") from None
+        detector._check_weights(folder)
+        return detector
+
+    def _check_weights(self, folder):
+        "Raises `InputError` for a weight that the folder lacks, or that is no number."
+        for name, part in self.components.items():
+            for key, values in part.state_dict().items() if isinstance(part, torch.nn.Module) else ():
+                if values.is_meta or not values.isfinite().all():
+                    raise InputError(f"{folder / name}: the weight {key} {'is missing' if values.is_meta else 'holds NaN or infinity'}; "
+                                     "train again, or copy the model again")
 
     @staticmethod
-    def _check_foreign(folder, name, library, class_name):
-        "Raises `InputError` unless part `name` is a class of diffusers' kind in the module `library` that the user has imported."
+    def _check_part(folder, name, library, class_name):
+        "Raises `InputError` unless part `name` is a class of diffusers' kind in a module `library` that is imported already."
         module = sys.modules.get(library)
-        part = getattr(module, class_name, None)
+        part = getattr(module, str(class_name), None)
         base = next((base for base in (ModelMixin, SchedulerMixin) if isinstance(part, type) and issubclass(part, base)), None)
         if base is None:
             where = "which is not imported" if module is None else f"which has no part {class_name!r}"

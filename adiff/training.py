@@ -44,10 +44,10 @@ from .pipeline import loudest, map_scores
 class TrainingConfig(BaseModel):
     "How a network is trained. Lengths are in `unit`s: optimiser updates (\"steps\") or passes over the data (\"epochs\")."
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     unit: Literal["steps", "epochs"] = Field("epochs", description="what length, warmup and horizon count")
-    length: int = Field(800, ge=1, description="how long to train")
+    length: int = Field(800, ge=1, le=10**9, description="how long to train")
     warmup: int = Field(10, ge=0, description="the learning rate rises linearly for so long")
     horizon: int | None = Field(1200, ge=1, description="where the cosine would reach zero; null: at the end")
     learning_rate: float = Field(1e-4, gt=0)
@@ -61,7 +61,7 @@ class TrainingConfig(BaseModel):
     cache_latents: bool = Field(True, description="encode every training image once and keep its latents in a file")
     validate_every: int = Field(100, ge=1, description="updates between validation losses")
     checkpoint_every: int = Field(500, ge=1, description="updates between checkpoints")
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
 
 
 class DetectorConfig(TrainingConfig):
@@ -71,13 +71,13 @@ class DetectorConfig(TrainingConfig):
     wavelet: str = Field("haar", description="wavelet family, for codec wavelet")
     wavelet_levels: int = Field(2, ge=0, le=3, description="how often codec wavelet or pixels halves the image; 0: plain pixels")
     latent_scale: Literal["given", "measured"] = Field("measured", description="measured: unit variance per channel on the normals")
-    image_size: int | None = Field(None, ge=16, description="side of the square images the codec sees; null: 16 x 16 latent cells")
+    image_size: int | None = Field(None, ge=16, le=4096, description="side of the square images the codec sees; null: 16 x 16 latent cells")
     protocol: Literal["official", "full_frame"] | None = Field(
         None, description="of images; null: official for benchmarks, full_frame for own folders")
-    sample_rate: int = Field(16000, ge=1000, description="of sounds, in Hz")
+    sample_rate: int = Field(16000, ge=1000, le=10**7, description="of sounds, in Hz")
     clip_seconds: float = Field(4.0, gt=0, description="length of the windows that sounds are looked at in")
-    mel_bands: int = Field(128, ge=16, description="of sounds; a window has as many time steps")
-    n_fft: int = Field(2048, ge=64, description="of sounds: samples per Fourier transform")
+    mel_bands: int = Field(128, ge=16, le=4096, description="of sounds; a window has as many time steps")
+    n_fft: int = Field(2048, ge=64, le=2**20, description="of sounds: samples per Fourier transform")
     top_share: float = Field(0.0, ge=0, le=1, description="share of a map's largest values whose mean is the score; 0: the maximum")
 
 
