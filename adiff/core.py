@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['InputError', 'unknown_name', 'atomic_path', 'atomic_folder', 'remove_leftovers', 'ensure_folder', 'write_json',
            'read_json', 'locked', 'Terminated', 'signals_to', 'interrupt', 'StopRequest', 'derive_seed', 'set_seed',
-           'resolve_device', 'versions', 'progress', 'close_progress', 'duration', 'log_tail']
+           'random_states', 'restore_random_states', 'resolve_device', 'versions', 'progress', 'close_progress',
+           'duration', 'log_tail']
 
 # %% ../nbs/00_core.ipynb #ca6af4f8
 import contextlib
@@ -78,10 +79,11 @@ def atomic_folder(folder):
         _flush(folder.parent)
 
 
-def remove_leftovers(folder):
-    "Removes the temporary files and folders below `folder` that killed processes left; those that a living process writes stay."
+def remove_leftovers(folder, skip=None):
+    "Removes temporary files and folders that killed processes left below `folder`, except in its folder `skip`; those of living processes stay."
     for inside, folders, files in os.walk(folder):
         _remove_abandoned(Path(inside, name) for name in (*folders, *files) if re.match(r"\..+\.tmp-", name))
+        folders[:] = [name for name in folders if Path(inside, name) != Path(folder, skip or "")]
 
 
 def _remove_abandoned(paths):
@@ -280,6 +282,28 @@ def set_seed(seed):
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def random_states(device="cpu"):
+    "The states of python's, numpy's and torch's generators, the latter on the CPU and on `device`, as plain numbers and tensors."
+    import numpy as np
+    import torch
+
+    name, numbers, *rest = np.random.get_state()
+    return {"python": random.getstate(), "numpy": (name, numbers.tolist(), *rest), "torch": torch.get_rng_state(),
+            "device": torch.cuda.get_rng_state(device) if torch.device(device).type == "cuda" else None}
+
+
+def restore_random_states(states, device="cpu"):
+    "Puts the generators back where they were when `states` was taken by `random_states`."
+    import numpy as np
+    import torch
+
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if states["device"] is not None and torch.device(device).type == "cuda":
+        torch.cuda.set_rng_state(states["device"], device)
 
 # %% ../nbs/00_core.ipynb #49ab6816
 def resolve_device(name="auto"):
