@@ -19,7 +19,7 @@ from pathlib import Path
 import click
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from .core import InputError, close_progress
+from .core import InputError, Terminated, close_progress, interrupt, signals_to
 
 # %% ../nbs/55_cli.ipynb #486bbb60
 def _be_quiet(context, _, wanted):
@@ -66,13 +66,13 @@ class Command(click.Command):
 
 
 class Commands(click.Group):
-    "A group of commands that turns `InputError` into one line on standard error and exit code 2."
+    "A group of commands that turns `InputError` into one line on standard error and exit code 2, and Ctrl-C and SIGTERM into 130 and 143."
 
     command_class = Command
 
     def invoke(self, context):
         try:
-            with _messages():
+            with _messages(), signals_to(interrupt):
                 return super().invoke(context)
         except InputError as error:
             close_progress()
@@ -85,10 +85,13 @@ class Commands(click.Group):
             where = f"{error.filename}: " if error.filename else ""
             click.echo(f"adiff: {where}{error.strerror.lower()}; make room or choose another place, then give the same command again", err=True)
             context.exit(2)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             close_progress()
-            click.echo("adiff: stopped; the same command goes on (fit: with --resume)", err=True)
-            context.exit(130)
+            again = "the same command goes on"
+            if context.invoked_subcommand == "fit":
+                again = f"go on with: {shlex.join(['adiff', *sys.argv[1:]])}" + " --resume" * ("--resume" not in sys.argv)
+            click.echo(f"adiff: {str(stop) or 'stopped'}; {again}", err=True)
+            context.exit(143 if isinstance(stop, Terminated) else 130)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
