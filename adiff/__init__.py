@@ -6,10 +6,13 @@
 __all__ = []
 
 # %% ../nbs/01_package.ipynb #0515ac5b
+import warnings
 from importlib import import_module
 
 # %% ../nbs/01_package.ipynb #d4e8fa37
 __version__ = "0.1.0"
+
+warnings.filterwarnings("ignore", "IProgress not found")  # tqdm, to whoever has no ipywidgets: our bars are text
 
 _homes = {
     "AnomalyDetector": "pipeline",

@@ -29,7 +29,7 @@ from matplotlib import colormaps
 from torch.nn import functional
 
 from .core import InputError
-from .data import find_files
+from .data import file_size, find_files
 
 # %% ../nbs/12_audio.ipynb #c79c871f
 _log = logging.getLogger("adiff.audio")
@@ -100,7 +100,7 @@ def _truncated(path):
 def _open(path):
     "The `soundfile.SoundFile` at `path`. Every way in which it cannot be read becomes an `InputError` of one line."
     try:
-        if not os.path.getsize(path):
+        if not file_size(path):
             raise InputError(f"{path}: the file is empty; remove or replace it")
         if _truncated(path):
             raise InputError(f"{path}: the sound is cut short, its end is missing; copy it again or remove it")
@@ -139,11 +139,14 @@ def _from_array(values, rate):
 @contextmanager
 def _opened(source):
     "(name, sample rate, samples, read) of a path or an (array, rate) pair; read(a, b) is float (b - a, channels)."
+    lowest, highest = 100, 10_000_000  # Hz; a header that says something else makes hours or nothing of a few bytes
     if isinstance(source, (str, os.PathLike)):
         with _open(source) as file:
             def read(first, last):
                 file.seek(first)
                 return file.read(last - first, dtype="float32", always_2d=True)
+            if not lowest <= file.samplerate <= highest:
+                raise InputError(f"{source}: a sample rate of {file.samplerate} Hz; sounds have {lowest} to {highest}, so repair or remove it")
             yield source, file.samplerate, file.frames, read
     elif isinstance(source, (tuple, list)) and len(source) == 2:
         values = _from_array(*source)

@@ -179,7 +179,8 @@ class OfficialCode:
     def network(self, size):
         "Its untrained network of a size such as \"XS\" for latents (N, 4, 32, 32) and 15 classes; None if it has none of that size."
         make = self.networks.get(f"UNet_{size}")
-        return make and make(latent_size=32, ncls=15)
+        with _needed_packages():  # it imports one of them only now
+            return make and make(latent_size=32, ncls=15)
 
     def correct(self, network, z, class_labels):
         "Its correction of z (N, 4, 32, 32)."
@@ -187,8 +188,17 @@ class OfficialCode:
                                                          model_kwargs={"context": class_labels[:, None]})
 
 
+@contextmanager
+def _needed_packages():
+    "Turns a package that the official code lacks into an `InputError`."
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise InputError(f"official: its code needs the package {error.name}; pip install {error.name}") from None
+
+
 def load_official(folder):
-    "The `OfficialCode` in a checkout. Raises `InputError` if `folder` is none, or if a package that it needs is missing."
+    "The `OfficialCode` in a checkout. Raises `InputError` if `folder` is none, or, like `network`, if a package is missing."
     folder = Path(folder).resolve()
     for name in [name for name in sys.modules if name.split(".")[0] in ("models", "diffusion", "ldm")]:
         del sys.modules[name]  # these names are common; another package's must not answer for the checkout
@@ -196,10 +206,9 @@ def load_official(folder):
     try:
         if not (folder / "models.py").is_file() or not (folder / "diffusion").is_dir():
             raise AttributeError
-        networks = import_module("models").UNET_models
-        process = import_module("diffusion").create_diffusion("ddim5", predict_deviation=True, diffusion_steps=10)
-    except ModuleNotFoundError as error:
-        raise InputError(f"official: {folder} needs the package {error.name}; pip install {error.name}") from None
+        with _needed_packages():
+            networks = import_module("models").UNET_models
+            process = import_module("diffusion").create_diffusion("ddim5", predict_deviation=True, diffusion_steps=10)
     except (AttributeError, TypeError):
         raise InputError(f"official: {folder} is no checkout of DeCo-Diff; git clone https://github.com/farzad-bz/DeCo-Diff and give "
                          "its folder") from None

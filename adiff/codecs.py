@@ -367,7 +367,8 @@ def _open_folder(folder):
     "The codec in a `folder` of any of the kinds that `load_codec` describes."
     if not (folder / "config.json").is_file():
         return TinyCodec.from_files(folder)
-    kind = read_json(folder / "config.json").get("_class_name")
+    config = read_json(folder / "config.json")
+    kind = config.get("_class_name") if isinstance(config, dict) else None
     if kind == "AutoencoderKL":
         return KLCodec.from_autoencoder(folder)
     if kind == "AutoencoderTiny":

@@ -13,7 +13,7 @@ import skimage
 from PIL import Image
 from scipy import ndimage
 
-from .core import InputError, atomic_folder, derive_seed, read_json, unknown_name, write_json
+from .core import InputError, atomic_folder, derive_seed, progress, read_json, unknown_name, write_json
 from .data import find_images
 
 # %% ../nbs/11_demo_data.ipynb #25ebdd87
@@ -162,9 +162,10 @@ def make_demo_data(folder, seed=0, categories=("brick", "cup"), train=80, good=2
             return folder
         if not folder.is_dir() or any(folder.iterdir()):
             raise InputError(f"{folder}: holds something else than the demo data of seed {seed}; choose another folder")
-    with atomic_folder(folder) as whole:
+    with atomic_folder(folder) as whole, progress(total=files, desc="demo data", unit="image", delay=2) as bar:
         for category in categories:
             for path, pixels in _images(category, seed, train, good, per_defect):
+                bar.update()
                 (whole/path).parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(pixels * np.uint8(255) if pixels.dtype == bool else pixels).save(whole/path)
         write_json(whole/"demo.json", recipe)

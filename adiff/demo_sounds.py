@@ -13,7 +13,7 @@ import soundfile
 from scipy import ndimage, signal
 
 from .audio import find_sounds
-from .core import InputError, atomic_folder, derive_seed, read_json, write_json
+from .core import InputError, atomic_folder, derive_seed, progress, read_json, write_json
 
 # %% ../nbs/13_demo_sounds.ipynb #353e148d
 _rate, _seconds = 16000, 4.0
@@ -138,7 +138,7 @@ def make_demo_sounds(folder, seed=0, train=60, good=20, per_fault=5):
             return folder
         if not folder.is_dir() or any(folder.iterdir()):
             raise InputError(f"{folder}: holds something else than these demo sounds; choose another folder")
-    with atomic_folder(folder) as whole:
+    with atomic_folder(folder) as whole, progress(total=sum(counts.values()), desc="demo sounds", unit="sound", delay=2) as bar:
         for part, count in counts.items():
             (whole/"pump"/part).mkdir(parents=True)
             fault = None if part.endswith("good") else part.removeprefix("test/")
@@ -146,5 +146,6 @@ def make_demo_sounds(folder, seed=0, train=60, good=20, per_fault=5):
                 generator = np.random.default_rng(derive_seed(seed, "pump", part, index))
                 samples = np.rint(_clip(derive_seed(seed, "pump"), fault, generator) * 32767).astype(np.int16)
                 soundfile.write(whole/"pump"/part/f"{index:03}.wav", samples, _rate, subtype="PCM_16")
+                bar.update()
         write_json(whole/"demo.json", recipe)
     return folder

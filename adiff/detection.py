@@ -123,6 +123,8 @@ def detect_files(model, paths, out_dir, category=None, batch_size=16, device="au
     counts, and windows.csv has path, start, end (seconds) and score of each. In memory are the numbers of all files, but pictures and
     maps of two batches at most. Raises `InputError` before anything is written if no file can be read.
     """
+    if batch_size < 1:
+        raise InputError(f"batch_size: {batch_size}; give 1 or more")
     device = resolve_device(device)
     use_machine(device)
     detector = AnomalyDetector.from_pretrained(model).to(device)
@@ -186,5 +188,5 @@ def detect_files(model, paths, out_dir, category=None, batch_size=16, device="au
     for name, table in (("windows", windows), ("scores", rows)):
         if table:
             with atomic_path(out_dir / f"{name}.csv") as path:
-                pd.DataFrame(table).to_csv(path, index=False)
+                pd.DataFrame(table).to_csv(path, index=False, errors="backslashreplace")  # names that are not in UTF-8
     return pd.DataFrame(rows)

@@ -40,7 +40,7 @@ def mirror_resize(maps, size):
         return maps
     y, x = ((2 * torch.arange(size, device=maps.device) + 1) / size * length / 2 - 0.5 for length in maps.shape[1:])
     y, x = (2 * at / max(length - 1, 1) - 1 for at, length in zip((y, x), maps.shape[1:]))
-    grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).expand(len(maps), -1, -1, -1)
+    grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).expand(maps.shape[0], -1, -1, -1)
     return F.grid_sample(maps[:, None], grid, padding_mode="reflection", align_corners=True).squeeze(1)
 
 # %% ../nbs/40_discrepancy.ipynb #58eb5c9f

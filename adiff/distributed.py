@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from .core import InputError, close_progress, read_json, resolve_device
+from .core import InputError, Terminated, close_progress, interrupt, read_json, resolve_device, signals_to
 
 # %% ../nbs/57_distributed.ipynb #43664c7a
 def launched_processes():
@@ -46,7 +46,8 @@ def fit_in_processes(processes, **arguments):
     """Carries out `adiff.experiment.fit(**arguments)` in so many new processes, started by torchrun; returns when they are done.
 
     Arguments must be JSON. Raises `InputError` with a process's own message if it refuses its input, and `RuntimeError`, which
-    names the log, if one dies. Together they use as many threads as this process would.
+    names the log, if one dies; after Ctrl-C or SIGTERM, once they have written a checkpoint, `KeyboardInterrupt`. Together they use as
+    many threads as this process would.
     """
     log = Path(arguments["out_dir"]) / "processes.log"
     with tempfile.TemporaryDirectory(prefix="adiff-") as folder:
@@ -56,7 +57,7 @@ def fit_in_processes(processes, **arguments):
                    "-m", "adiff.distributed", folder]
         threads = str(max(1, torch.get_num_threads() // processes))
         decode = codecs.getincrementaldecoder("utf-8")("replace").decode  # a read may end inside a character
-        with open(log, "ab") as record, subprocess.Popen(
+        with signals_to(interrupt), open(log, "ab") as record, subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
                 env={**os.environ, "OMP_NUM_THREADS": threads}) as torchrun:
             try:
@@ -66,9 +67,12 @@ def fit_in_processes(processes, **arguments):
                         sys.stderr.write(decode(printed))
                         sys.stderr.flush()
             except BaseException:  # Ctrl-C above all
-                torchrun.stdin.close()
-                torchrun.terminate()
-                torchrun.wait()
+                torchrun.terminate()  # it passes that on, and kills after half a minute those that have not left
+                try:
+                    for printed in iter(torchrun.stdout.read1, b""):
+                        record.write(printed)
+                finally:  # of a second Ctrl-C
+                    torchrun.stdin.close()
                 raise
         if refused.exists():
             raise InputError(refused.read_text())
@@ -88,6 +92,8 @@ def main():
         close_progress()
         (folder / "refused").write_text(str(error))
         sys.exit(2)
+    except Terminated:
+        sys.exit(143)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

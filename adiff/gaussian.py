@@ -7,6 +7,7 @@ __all__ = ['NOISES', 'BETA_SCHEDULES', 'PREDICTION_TYPES', 'gaussian_noise', 'si
            'GaussianForwardProcess', 'PartialNoisingCorrection']
 
 # %% ../nbs/26_gaussian.ipynb #ec13ff0f
+import copy
 import math
 
 import torch
@@ -144,11 +145,17 @@ class PartialNoisingCorrection(SchedulerMixin, ConfigMixin):
                                                      prediction_type=prediction_type, final_sigmas_type="zero")
         n = num_inference_steps
         self.timesteps = torch.tensor([round(start * k / n) - 1 for k in range(n, 0, -1)])
+        self.scheduler.set_timesteps(timesteps=self.timesteps.tolist())
+        self.scheduler.set_begin_index(0)
+        self.noises = {}  # seed index and shape -> what `draw` gave
 
     def draw(self, seed_index, shape):
-        "The noise (1, C, h, w) of the `seed_index`-th seed for latents of `shape` (C, h, w), on the CPU."
-        generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "partial noising", seed_index))
-        return draw_noise(self.config.noise, (1, *shape), generator)
+        "The noise (1, C, h, w) of the `seed_index`-th seed for latents of `shape` (C, h, w), on the CPU; drawn once and kept."
+        key = seed_index, tuple(shape)
+        if key not in self.noises:
+            generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "partial noising", seed_index))
+            self.noises[key] = draw_noise(self.config.noise, (1, *shape), generator)
+        return self.noises[key]
 
     def correct(self, z, predict, on_step=None):
         """Noises latents `z` (N, C, h, w) and returns them to normal; the correction socket of the detector.
@@ -158,12 +165,10 @@ class PartialNoisingCorrection(SchedulerMixin, ConfigMixin):
         """
         total = torch.zeros_like(z)
         for k in range(self.config.num_seeds):
-            self.scheduler.set_timesteps(timesteps=self.timesteps.tolist())
-            self.scheduler.set_begin_index(0)
-            noise = self.draw(k, z.shape[1:]).to(z).expand_as(z)
-            sample = self.scheduler.add_noise(z, noise, self.timesteps[:1].expand(len(z)))
+            scheduler = copy.copy(self.scheduler)  # it counts its steps
+            sample = scheduler.add_noise(z, self.draw(k, z.shape[1:]).to(z).expand_as(z), self.timesteps[:1])
             for t in self.timesteps.tolist():
-                sample = self.scheduler.step(predict(sample, t), t, sample).prev_sample
+                sample = scheduler.step(predict(sample, t), t, sample).prev_sample
                 if on_step is not None and k == 0:
                     on_step(t, sample)
             total += sample

@@ -11,6 +11,7 @@ import ast
 import hashlib
 import itertools
 import json
+import math
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -76,18 +77,42 @@ def matrix_file(name):
     return shipped[name]
 
 # %% ../nbs/60_matrix.ipynb #dd5c174d
+_most_values = 100_000
+
+
+def _written_out(value, sizes, path):
+    """How many values a YAML `value` holds when every alias is written out; infinite if it holds itself.
+
+    sizes: id -> the same of every list and mapping that has been met. Raises `InputError` for what JSON does not have.
+    """
+    if not isinstance(value, (dict, list)):
+        if not isinstance(value, str | int | float | None):
+            raise InputError(f"{path}: {value} is read as a {type(value).__name__}; put it into quotes")
+        return 1
+    if id(value) not in sizes:
+        sizes[id(value)] = math.inf  # until it is known: whoever meets it now is inside of it
+        sizes[id(value)] = 1 + sum(_written_out(one, sizes, path) for one in (value.values() if isinstance(value, dict) else value))
+    return sizes[id(value)]
+
+
 def read_matrix(path):
     "The `Matrix` in the file `path`. Raises `InputError` naming the file, the key and what is wrong."
+    if Path(path).stat().st_size > 2**20:
+        raise InputError(f"{path}: more than 1 MB, but a matrix is a short file; give another one")
     try:
         values = YAML(typ="safe", pure=True).load(Path(path).read_text(encoding="utf-8"))
-    except (YAMLError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise InputError(f"{path}: not valid YAML: nested too deeply") from None
+    except (YAMLError, ValueError, TypeError) as error:  # ValueError: another encoding, a date that does not exist, a number of thousands of digits
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}: " if mark else ""
         raise InputError(f"{path}: not valid YAML: {line}{getattr(error, 'problem', None) or error}") from None
+    if _written_out(values, {}, path) > _most_values:
+        raise InputError(f"{path}: its aliases (*name) stand for more than {_most_values} values, or for themselves; write out what is meant")
     if not isinstance(values, dict):
         raise InputError(f"{path}: a matrix is a mapping with the key 'groups'; see nbs/60_matrix.ipynb")
     try:
-        return Matrix(**values)
+        return Matrix.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         raise InputError(f"{path}: {'.'.join(map(str, first['loc'][:4]))}: {first['msg'].lower()}") from None
@@ -193,6 +218,9 @@ def _choices(name, axis, where):
     return choices
 
 
+_most_runs = 10_000
+
+
 def combinations(name, group, where):
     """Every combination of a group's axes that is not excluded: a list of ({axis: label}, merged parameters).
 
@@ -212,6 +240,8 @@ def combinations(name, group, where):
                     raise InputError(f"{where}: exclude: {unknown_name(f'value of axis {axis}', str(label), axes[axis])}")
     if "group" in axes:
         raise InputError(f"{where}: an axis may not be called group")
+    if (count := math.prod(map(len, axes.values()))) > _most_runs:
+        raise InputError(f"{where}: its axes make {count} runs, more than {_most_runs}; make several matrices of it")
     found = []
     for labels in itertools.product(*axes.values()):
         point = dict(zip(axes, labels))

@@ -29,6 +29,9 @@ OFFICIAL_CATEGORIES = {
 }
 
 # %% ../nbs/31_official.ipynb #310e7289
+_needed = ("cond_stage_model.embedding.weight", "time_embed.0.weight", "input_blocks.0.0.weight")
+
+
 def read_official_checkpoint(path):
     """The weights (dict of float32 tensors) of a checkpoint in the official layout; no code in the file is executed.
 
@@ -44,9 +47,8 @@ def read_official_checkpoint(path):
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{path}: refused, not a checkpoint of plain tensors ({reason[:150]}); nothing in it was run") from None
     weights = checkpoint.get("model") if isinstance(checkpoint, dict) else None
-    needed = ("cond_stage_model.embedding.weight", "time_embed.0.weight", "input_blocks.0.0.weight")
-    if not isinstance(weights, dict) or any(not isinstance(weights.get(key), torch.Tensor) for key in needed):
-        raise InputError(f"{path}: not in the official DeCo-Diff layout; expected a dict whose 'model' holds {needed[0]} ...")
+    if not isinstance(weights, dict) or any(not isinstance(weights.get(key), torch.Tensor) for key in _needed):
+        raise InputError(f"{path}: not in the official DeCo-Diff layout; expected a dict whose 'model' holds {_needed[0]} ...")
     return {key: value.float() for key, value in weights.items() if isinstance(value, torch.Tensor)}
 
 # %% ../nbs/31_official.ipynb #9c5f4c2f
@@ -56,6 +58,8 @@ def convert_official_unet(weights):
     Raises `InputError` if its widths are not those of a known size or if any weight is missing, left over or misshapen.
     """
     embedding = weights["cond_stage_model.embedding.weight"]
+    if [weights[key].ndim for key in _needed] != [2, 2, 4]:
+        raise InputError(f"official checkpoint: {', '.join(_needed)} have not 2, 2 and 4 axes")
     base_channels, (num_classes, class_embedding_dim) = weights["time_embed.0.weight"].shape[1], embedding.shape
     heads = {(base, dim): heads for base, heads, dim in UNET_SIZES.values()}.get((base_channels, class_embedding_dim))
     if heads is None:

@@ -44,6 +44,8 @@ class Dataset:
     `problems` takes a folder and returns one line for each thing that the complete dataset has and the folder has not.
     `archive` is the name of the official file, `folder` the target's default, `top_folder` the folder inside the
     archive that holds everything ('' where there is none). `sha256` or `md5` is the archive's hash, in lower case.
+    An archive with more than `most_files` members, or with more than `most_bytes` in them, is not unpacked: both are
+    well above what the dataset has.
     """
     name: str
     page: str
@@ -52,6 +54,8 @@ class Dataset:
     folder: str
     licence: str
     problems: Callable[[Path], list[str]]
+    most_files: int
+    most_bytes: int
     sha256: str | None = None
     md5: str | None = None
     top_folder: str = ""
@@ -198,14 +202,26 @@ def check_hash(dataset, path, accept_any, put_aside):
 
 # ---- unpacking
 
+class Header(tarfile.TarInfo):
+    "A tar header that refuses names and comments of more than a megabyte, which would be read into memory as a whole."
+
+    @classmethod
+    def frombuf(cls, *arguments):
+        header = super().frombuf(*arguments)
+        if not (header.isreg() or header.isdir()) and header.size > BLOCK:
+            raise tarfile.ReadError(f"a name or comment of {header.size} bytes")
+        return header
+
+
 def tar_members(path):
-    "Yields (name, kind, open file or None) of each member, in one pass; kind is 'file', 'folder' or an unwanted one."
+    """Yields (name, kind, size in bytes, open file or None) of each member, in one pass; kind is 'file', 'folder' or an
+    unwanted one."""
     others = {tarfile.SYMTYPE: "symbolic link", tarfile.LNKTYPE: "hard link"}
     with open(path, "rb") as raw, tqdm.wrapattr(raw, "read", path.stat().st_size, desc="unpack", disable=None) as file:
-        with tarfile.open(fileobj=file, mode="r|*") as tar:
+        with tarfile.open(fileobj=file, mode="r|*", tarinfo=Header) as tar:
             for member in tar:
                 kind = "file" if member.isfile() else "folder" if member.isdir() else others.get(member.type, "device")
-                yield member.name, kind, tar.extractfile(member) if kind == "file" else None
+                yield member.name, kind, member.size, tar.extractfile(member) if kind == "file" else None
 
 
 def zip_members(path):
@@ -216,7 +232,7 @@ def zip_members(path):
             kind = "folder" if member.is_dir() else others.get(stat.S_IFMT(member.external_attr >> 16), "device")
             if member.flag_bits & 1:
                 kind = "encrypted file"
-            yield member.filename, kind, archive.open(member) if kind == "file" else None
+            yield member.filename, kind, member.file_size, archive.open(member) if kind == "file" else None
 
 
 def refusal(name, kind):
@@ -231,30 +247,54 @@ def refusal(name, kind):
     return None
 
 
-def unpack(path, folder, by_hand):
-    """Unpacks a tar (plain, gz, bz2, xz) or zip into the empty `folder`, with ordinary permissions.
+def unpack(path, folder, dataset):
+    """Unpacks a tar (plain, gz, bz2, xz) or zip of `dataset` into the empty `folder`, with ordinary permissions.
 
-    Raises DataError naming the first member that is not a plain file or folder below the target, or if the archive is
-    damaged. Links are never created, so that no later member can be written through one.
+    Raises DataError naming the first member that is not a plain file or folder below the target, is there twice or
+    exceeds the dataset's limits, or if the archive is damaged. Links are never created, so that no later member can be
+    written through one.
     """
-    if tarfile.is_tarfile(path):
+    if is_tar(path):
         members = tar_members(path)
     elif zipfile.is_zipfile(path):
         members = zip_members(path)
     else:
-        raise DataError(f"{path}: neither a tar nor a zip archive; {by_hand}")
+        raise DataError(f"{path}: neither a tar nor a zip archive; {dataset.by_hand}")
+    files, size = 0, 0
     try:
-        for name, kind, source in members:
+        for name, kind, length, source in members:
+            files, size = files + 1, size + length
             reason = refusal(name, kind)
-            if reason:
-                raise DataError(f"{path}: member {name!r} {reason}, so nothing was unpacked; {by_hand}")
             target = folder / PurePosixPath(name)
+            if not reason and taken(target, kind, folder):
+                reason = "is there twice, or in the way of another"
+            if not reason and (files > dataset.most_files or size > dataset.most_bytes):
+                reason = (f"is beyond the limit for {dataset.name} of {dataset.most_files} files and {dataset.most_bytes / 1e6:g} MB; "
+                          "if that is what the dataset has now, raise the limit in the script")
+            if reason:
+                raise DataError(f"{path}: member {name!r} {reason}, so nothing was unpacked; {dataset.by_hand}")
             (target if kind == "folder" else target.parent).mkdir(parents=True, exist_ok=True)
             if kind == "file":
                 with source, open(target, "wb") as file:
                     shutil.copyfileobj(source, file, BLOCK)
     except BROKEN_ARCHIVE as error:
-        raise DataError(f"{path}: the archive is damaged ({error}), so nothing was unpacked; {by_hand}") from None
+        raise DataError(f"{path}: the archive is damaged ({error}), so nothing was unpacked; {dataset.by_hand}") from None
+
+
+def is_tar(path):
+    "Whether the file begins as a tar archive does, compressed or not."
+    try:
+        with tarfile.open(path, tarinfo=Header):
+            return True
+    except BROKEN_ARCHIVE:
+        return False
+
+
+def taken(target, kind, folder):
+    "Whether something that was unpacked before stands where `target` (a file or folder below `folder`) is to be."
+    if target.exists():
+        return kind == "file" or not target.is_dir()
+    return any(parent.is_file() for parent in target.parents if parent.is_relative_to(folder))
 
 
 def install(dataset, path, out):
@@ -263,7 +303,7 @@ def install(dataset, path, out):
     shutil.rmtree(staging, ignore_errors=True)  # what a killed run left
     staging.mkdir()
     try:
-        unpack(path, staging, dataset.by_hand)
+        unpack(path, staging, dataset)
         inner = staging / dataset.top_folder
         whole = inner if inner.is_dir() else staging
         problems = dataset.problems(whole)

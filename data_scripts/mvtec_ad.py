@@ -48,6 +48,8 @@ DATASET = Dataset(
     # MVTec publishes none; the value that anomalib checks, and that independent downloads report.
     sha256="cf4313b13603bec67abb49ca959488f7eedce2a9f7795ec54446c649ac98cd3d",
     problems=problems,
+    most_files=20_000,
+    most_bytes=20 * 10**9,
 )
 
 if __name__ == "__main__":

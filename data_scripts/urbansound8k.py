@@ -40,6 +40,8 @@ DATASET = Dataset(
     md5="9aa69802bbf37fb986f71ec1483a196e",  # all that Zenodo publishes
     top_folder="UrbanSound8K",
     problems=problems,
+    most_files=20_000,
+    most_bytes=20 * 10**9,
 )
 
 if __name__ == "__main__":

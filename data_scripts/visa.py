@@ -36,6 +36,8 @@ DATASET = Dataset(
     sha256="2eb8690c803ab37de0324772964100169ec8ba1fa3f7e94291c9ca673f40f362",
     top_folder="VisA",
     problems=problems,
+    most_files=30_000,
+    most_bytes=10 * 10**9,
 )
 
 if __name__ == "__main__":

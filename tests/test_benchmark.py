@@ -75,6 +75,10 @@ def test_wrong_checkouts(tmp_path):
     (tmp_path / "models.py").write_text("UNet_models = {}")
     with pytest.raises(InputError, match="no checkout"):
         load_official(tmp_path)
+    (tmp_path / "models.py").write_text("def late(**_):\n    import another_package_nobody_has\n\n\nUNET_models = {'UNet_XS': late}")
+    (tmp_path / "diffusion/__init__.py").write_text("def create_diffusion(*_, **__):\n    return None")
+    with pytest.raises(InputError, match="pip install another_package_nobody_has"):
+        load_official(tmp_path).network("XS")
     (tmp_path / "models.py").write_text("import a_package_nobody_has")
     result = CliRunner().invoke(main, ["benchmark", "--official", str(tmp_path), "--out", str(tmp_path / "out")])
     assert result.exit_code == 2 and "pip install a_package_nobody_has" in result.output and not (tmp_path / "out").exists()

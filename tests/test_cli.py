@@ -127,6 +127,17 @@ def test_detect_on_a_folder_of_any_images(run, data, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+def test_quiet_and_json(data, run, tmp_path):
+    result = adiff("detect", run / "model", data / "brick/test/hole", "--out", tmp_path / "out", "--device", "cpu", "--json", "--quiet")
+    assert result.returncode == 0 and result.stderr == ""
+    (found,) = json.loads(result.stdout)
+    assert found["path"].endswith("000.png") and found["score"] > 0 and found["anomalous"] in (True, False)
+    loud = adiff_here("table", run, "--json")
+    assert {row["metric"] for row in json.loads(loud.stdout)} >= {"image_auroc", "pixel_ap"}
+    assert json.loads(adiff_here("evaluate", run, "--device", "cpu", "--json").stdout) == json.loads((run / "metrics.json").read_text())
+    refused(adiff_here("evaluate", tmp_path / "nowhere", "--json", "--quiet"), "nowhere")
+
+
 def test_a_plain_folder_is_enough(data, tmp_path):
     shutil.copytree(data / "brick/train/good", tmp_path / "photos")
     arguments = ["fit", "deco", tmp_path / "photos", "--out", tmp_path / "run", "--device", "cpu", "--overrides", json.dumps(TINY)]

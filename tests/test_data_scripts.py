@@ -34,7 +34,7 @@ def toy_problems(folder):
 
 def toy(**changes):
     facts = dict(name="Toy", page="http://example.org/toy", url="http://example.org/toy.tar", archive="toy.tar",
-                 folder="toy", licence="none", problems=toy_problems)
+                 folder="toy", licence="none", problems=toy_problems, most_files=1000, most_bytes=10**7)
     return common.Dataset(**{**facts, **changes})
 
 

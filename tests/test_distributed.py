@@ -23,7 +23,7 @@ from adiff.discrepancy import DeviationDiscrepancy
 from adiff.distributed import count_processes, fit_in_processes
 from adiff.experiment import evaluate, fit
 from adiff.gaussian import GaussianForwardProcess
-from adiff.training import TrainingConfig, train
+from adiff.training import TrainingConfig, load_checkpoint, train
 from adiff.unet import ClassTokenUNet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -146,15 +146,16 @@ def test_interrupted_and_killed_runs_go_on_and_leave_no_process_behind(data, two
         seen.extend(ranks())
         os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt), soon(lambda: len(ranks()) == 2, interrupt):
+    with pytest.raises(KeyboardInterrupt), soon((run / "checkpoints/step_00000004.pt").exists, interrupt):
         again()
+    stopped = load_checkpoint(run / "checkpoints")["step"]
+    assert stopped % 10 == 0 and not (run / "model").exists()  # all have agreed on an update after which they stop
 
     def kill_one():
         seen.extend(ranks())
         seen[-1].kill()
 
-    checkpoint = run / "checkpoints/step_00000004.pt"
-    with pytest.raises(RuntimeError, match=r"processes\.log: one of 2 .* died"), soon(checkpoint.exists, kill_one):
+    with pytest.raises(RuntimeError, match=r"processes\.log: one of 2 .* died"), soon(lambda: len(ranks()) == 2, kill_one):
         again()
     assert "SIGKILL" in (run / "processes.log").read_text() and "training" in capsys.readouterr().err
     assert len(seen) == 4 and not psutil.wait_procs(seen, timeout=10)[1] and not (run / "model").exists()

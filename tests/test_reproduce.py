@@ -7,10 +7,12 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
 
 from adiff.engines import make_engine
@@ -96,7 +98,7 @@ def test_interrupted_politely(squares, tmp_path):
     child.send_signal(signal.SIGINT)
     _, said = child.communicate(timeout=20)
     assert child.returncode == 130 and "stopped; the same command goes on" in said
-    assert "4 interrupted" in describe_plan(squares, tmp_path / "out", jobs=2)
+    assert "4 interrupted" in describe_plan(squares, tmp_path / "out", jobs=2)[1]
 
 
 def metrics_table(out):
@@ -137,8 +139,20 @@ def test_everything_is_made(local_run):
 
 
 def test_submitit_gives_the_same_metrics(small_matrix, local_run):
-    out = small_matrix.parent / "submitit"
+    "Also if one of the runs is told to stop on the way, as by Slurm before it takes a machine away: it is queued again."
+    out, stopped = small_matrix.parent / "submitit", []
+
+    def stop_one():
+        while not stopped:
+            if list(out.glob("runs/*/log.txt")):
+                runs = [one for one in psutil.process_iter(["cmdline"]) if {"adiff.engines", "--child"} <= set(one.info["cmdline"] or ())]
+                stopped.extend(one for one in runs if any(part.startswith(str(out)) for part in one.info["cmdline"]))
+            time.sleep(0.05)
+        stopped[0].terminate()
+
+    threading.Thread(target=stop_one, daemon=True).start()
     reproduce(small_matrix, out, engine="submitit", engine_options={"cluster": "local"}, device="cpu")
+    assert stopped and not list(out.glob("runs/*/failed.json"))
     pd.testing.assert_frame_equal(metrics_table(out), metrics_table(local_run))
 
 
@@ -173,7 +187,7 @@ def test_sbatch_script(squares, tmp_path, monkeypatch):
     for line in ("#SBATCH --array=0-3%2", "#SBATCH --requeue", "#SBATCH --time=01:00:00"):
         assert line in script.splitlines()
     assert contents(tmp_path / "out") == {"1": "1", "2": "4", "4": "16"}
-    assert "3 done, 1 failed" in describe_plan(squares, tmp_path / "out", jobs=1)
+    assert "3 done, 1 failed" in describe_plan(squares, tmp_path / "out", jobs=1)[1]
 
 
 def test_a_run_on_every_core_has_its_share_of_threads(squares, tmp_path):

@@ -1,0 +1,27 @@
+"""An exported detector on one picture, without torch: python onnx_detect.py detector.onnx picture.png found.png [category]"""
+import json
+import sys
+
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageOps
+
+model, picture, out, *category = sys.argv[1:]
+session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+facts = json.loads(session.get_modelmeta().custom_metadata_map["adiff"])
+category = (category or facts["categories"])[0]
+
+side, size = facts["frame"]["resize"], facts["frame"]["size"]  # squeezed to a square, then its centre
+margin = (side - size) // 2
+image = ImageOps.exif_transpose(Image.open(picture)).convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
+image = image.crop((margin, margin, margin + size, margin + size))
+inputs = {"frames": np.asarray(image, np.float32).transpose(2, 0, 1)[None] / 127.5 - 1,
+          "class_labels": np.array([facts["categories"].index(category)])}
+maps, scores = session.run(["maps", "scores"], {name: inputs[name] for name in facts["inputs"]})
+
+calibration = (facts["calibration"] or {}).get(category)
+verdict = "not calibrated" if not calibration else "anomalous" if scores[0] > calibration["threshold"] else "normal"
+print(f"score {scores[0]:.6f} {verdict}")
+low, high = (calibration["threshold"] / 2 if calibration else 0), facts["map_limit"] or maps.max()
+heat = np.clip((maps[0] - low) / max(high - low, 1e-6), 0, 1)  # red from half the threshold on
+Image.composite(Image.new("RGB", image.size, "red"), image, Image.fromarray(np.uint8(200 * heat))).save(out)

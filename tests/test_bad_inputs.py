@@ -1,0 +1,205 @@
+"""The corpus of tests/bad_inputs.py, every entry on the command line, in python and in the notebooks: handled or refused, never anything else."""
+import contextlib
+import faulthandler
+import io
+import json
+import os
+import resource
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import papermill
+import pytest
+from bad_inputs import CORPUS, ENTRIES, TINY, TINY_SOUNDS, TOY, Kit, common, corpus_table
+from click.testing import CliRunner
+
+from adiff import experiment
+from adiff.cli import main
+from adiff.core import InputError
+from adiff.demo_data import make_demo_data
+from adiff.demo_sounds import make_demo_sounds
+from adiff.experiment import evaluate, fit
+
+SECONDS = 240  # after which an input counts as one that hangs, also on a busy machine: what waits is printed, and the process ends
+MEGABYTES = 700  # that an input may add to what was in memory before
+
+
+@pytest.fixture(scope="module")
+def kit(tmp_path_factory, one_thread):
+    folder = tmp_path_factory.mktemp("good")
+    images = make_demo_data(folder / "images", categories=("brick",), train=4, good=2, per_defect=1)
+    sounds = make_demo_sounds(folder / "sounds", train=4, good=2, per_fault=1)
+    fit("deco", images, folder / "run", device="cpu", overrides=TINY)
+    evaluate(folder / "run", device="cpu")
+    fit("adiff", sounds, folder / "sound_run", device="cpu", overrides=TINY_SOUNDS)
+    return Kit(images, sounds, folder / "run", folder / "sound_run")
+
+
+@pytest.fixture(autouse=True)
+def no_figures(request, monkeypatch):
+    "Drawing takes longer than everything that is tested here; once for every kind of data it is part of it."
+    if "all_that_is_handled" not in request.node.name:
+        monkeypatch.setattr(experiment, "draw_figures", lambda *_: None)
+
+
+@pytest.fixture(autouse=True)
+def no_hang_and_no_bomb():
+    faulthandler.dump_traceback_later(SECONDS, exit=True)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    yield
+    faulthandler.cancel_dump_traceback_later()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MEGABYTES * 1024
+
+
+def contents(*folders):
+    "Every file below the folders: what it is, where it is on the disk, and when it was written. A file that is replaced is another one."
+    found = {path: path.lstat() for folder in folders for path in folder.rglob("*")}
+    return {path: (state.st_mode, state.st_ino, state.st_size, state.st_mtime_ns) for path, state in found.items() if not stat.S_ISDIR(state.st_mode)}
+
+
+@contextlib.contextmanager
+def without_privileges(*folders):
+    "root reads everything: while the body runs, this process is nobody, who may enter and write the folders."
+    if os.geteuid():
+        yield
+        return
+    inside = {path: path.stat().st_mode for folder in folders for path in (folder, *folder.rglob("*"))}
+    entered = {path: path.stat().st_mode for folder in folders for path in folder.parents} | inside
+    for path, mode in entered.items():
+        path.chmod(mode | (mode >> 6 & 7) * 0o11 if path in inside else mode | 0o55)  # what its owner may, others may
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        for path, mode in entered.items():
+            path.chmod(mode)
+
+
+@pytest.fixture
+def used(kit, tmp_path):
+    "A context that makes the entry `name` and yields (entry, use); if it is to be refused, nothing may have changed afterwards."
+    @contextlib.contextmanager
+    def used(name):
+        entry = ENTRIES[name]
+        use = entry.use(kit, tmp_path)
+        good = (kit.images, kit.sounds, kit.run, kit.sound_run)
+        before = contents(tmp_path, *good)
+        with without_privileges(tmp_path, kit.run) if "unreadable" in name else contextlib.nullcontext():
+            yield entry, use
+        if entry.outcome == "refused":
+            assert contents(tmp_path, *good) == before
+        assert not (tmp_path / "executed").exists() and not Path("executed").exists()
+    return used
+
+
+def said(entry, line):
+    "What a refusal says: one line, with the words of the entry."
+    assert line and line.isprintable(), repr(line)
+    for word in entry.words:
+        assert word in line, line
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_command_line(used, name):
+    with used(name) as (entry, use):
+        if use.command is None:
+            pytest.skip("no command line can hold it")
+        if use.script:
+            err = io.StringIO()
+            with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
+                code = common.main(TOY, list(map(str, use.command)))
+            lines = err.getvalue().splitlines()
+        else:
+            result = CliRunner().invoke(main, list(map(str, use.command)))
+            assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
+            code, lines = result.exit_code, result.stderr.splitlines()
+            first = next((number for number, line in enumerate(lines) if line.startswith("adiff: ")), len(lines))
+            lines = lines[first:]  # before it, what a progress bar has shown
+        assert (code, len(lines)) == ((2, 1) if entry.outcome == "refused" else (0, 0)), (code, lines)
+        if entry.outcome == "refused":
+            said(entry, lines[0])
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_python(used, name):
+    with used(name) as (entry, use):
+        if entry.outcome == "handled":
+            assert entry.check(use.call())
+            return
+        with pytest.raises((InputError, common.DataError)) as error:
+            use.call()
+        said(entry, str(error.value))
+
+
+def run_notebook(repository, name, parameters):
+    "Executes the cells of an experiment in this process, with the parameters set where papermill sets them."
+    namespace = {}
+    for cell in json.loads((repository / f"nbs/experiments/{name}.ipynb").read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), f"{name}: {cell['id']}", "exec"), namespace)
+            if "parameters" in cell["metadata"].get("tags", []):
+                namespace.update(parameters)
+    return namespace
+
+
+TAKEN = ("Pictures", "Masks", "Sounds", "Tables", "Overrides", "Parameters", "Models, codecs, checkpoints", "Results of runs")
+TOGETHER = {"Pictures": "photos", "Sounds": "sounds"}  # what is handled is handled in one run
+
+
+@pytest.mark.parametrize("name", [name for name, entry in ENTRIES.items() if name.split(":")[0] in TAKEN
+                                  and (entry.outcome == "refused" or name.split(":")[0] not in TOGETHER)])
+def test_notebook(used, repository, name):
+    with used(name) as (entry, use):
+        if use.notebook is None:
+            pytest.skip("no notebook takes such a thing")
+        if entry.outcome == "handled":
+            run_notebook(repository, *use.notebook)
+            return
+        with pytest.raises(InputError) as error:
+            run_notebook(repository, *use.notebook)
+        said(entry, str(error.value))
+
+
+@pytest.mark.parametrize("section, folder", TOGETHER.items())
+def test_notebook_with_all_that_is_handled(kit, repository, tmp_path, section, folder):
+    handled = [entry for entry in CORPUS[section] if entry.outcome == "handled"]
+    for number, entry in enumerate(handled):
+        (tmp_path / str(number)).mkdir()
+        use = entry.use(kit, tmp_path / str(number))
+        shutil.copytree(tmp_path / str(number) / folder, tmp_path / "all/thing/train/good" / str(number), symlinks=True)
+    for path in [*(tmp_path / "all").rglob("*.*")]:
+        shutil.move(path, tmp_path / "all/thing/train/good" / f"{path.parent.name}{path.name}")
+    shutil.copytree(tmp_path / "all/thing/train/good", tmp_path / "all/thing/test/good")
+    shutil.copytree(tmp_path / "all/thing/train/good", tmp_path / "all/thing/test/odd")
+    notebook, parameters = use.notebook
+    found = run_notebook(repository, notebook, {**parameters, "data_root": str(tmp_path / "all"), "out_dir": str(tmp_path / "run")})
+    assert found["metrics"]["mean"]["n_test"] >= 2 * len(handled)
+
+
+@pytest.mark.parametrize("name", ["Pictures: truncated PNG", "Overrides: unknown key"])
+def test_papermill_says_the_same(used, repository, tmp_path, name):
+    with used(name) as (entry, use):
+        notebook, parameters = use.notebook
+        with pytest.raises(papermill.PapermillExecutionError) as error:
+            papermill.execute_notebook(repository / f"nbs/experiments/{notebook}.ipynb", None, parameters, progress_bar=False)
+        assert error.value.ename == "InputError"
+        said(entry, error.value.evalue)
+
+
+@pytest.mark.parametrize("name", ["Pictures: pipe named .png", "Pictures: PNG of 60000 x 60000 declared pixels", "Matrices: aliases of aliases",
+                                  "Official checkpoints: pickle that runs a command", "Models, codecs, checkpoints: a pipeline with code in the folder"])
+def test_real_process(used, name):
+    with used(name) as (entry, use):
+        result = subprocess.run([Path(sys.executable).with_name("adiff"), *map(str, use.command)], capture_output=True, text=True, timeout=SECONDS)
+        lines = [line for line in result.stderr.splitlines() if line.startswith("adiff: ")]
+        assert result.returncode == 2 and len(lines) == 1 and "Traceback" not in result.stderr, result.stderr
+        said(entry, lines[0])
+
+
+def test_the_page_is_the_corpus(repository):
+    assert (repository / "nbs/bad_inputs.md").read_text(encoding="utf-8") == corpus_table(), "python tests/bad_inputs.py writes it anew"
+    assert len(ENTRIES) == sum(map(len, CORPUS.values())), "a name is there twice"

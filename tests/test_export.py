@@ -1,0 +1,294 @@
+"""A detector outside of adiff: as one graph in ONNX and in torch's format, in thirty lines without torch, and on the hub and back."""
+import base64
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+import skimage
+import torch
+from PIL import Image
+
+from adiff import AnomalyDetector, InputError
+from adiff.audio import LogMel
+from adiff.baselines import (ConvolutionalAutoencoder, IdentityForwardProcess, NearestNeighborDiscrepancy, PooledStatisticsDiscrepancy,
+                             ReconstructionErrorDiscrepancy, SinglePassCorrection)
+from adiff.codecs import PixelCodec, WaveletCodec, load_codec
+from adiff.deviation import DeviationCorrection, MaskedForwardProcess
+from adiff.discrepancy import DeviationDiscrepancy
+from adiff.export import EXPORT_FORMATS, ExportFormat, check_frames, export_detector
+from adiff.features import FeatureCodec
+from adiff.gaussian import GaussianForwardProcess, PartialNoisingCorrection
+from adiff.multiscale import MultiScaleUNet
+from adiff.semantic import SemanticDiscrepancy
+from adiff.unet import ClassTokenUNet
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def deco(codec, levels, categories=("normal",), steps=1, **options):
+    network = ClassTokenUNet(codec.latent_channels, len(categories), 32, 2, 16, channel_multipliers=(1,))
+    return AnomalyDetector(codec, MaskedForwardProcess(), network, DeviationCorrection(10, steps, 4 if steps == 1 else None),
+                           DeviationDiscrepancy.pretrained(levels=levels), categories, image_size=64, **options)
+
+
+def adiff(codec, discrepancy, size, categories=("normal",), **options):
+    network = MultiScaleUNet(codec.latent_channels, 8, (1, 2), attention_levels=(1,), layers_per_block=1, head_channels=8)
+    correction = PartialNoisingCorrection(prediction_type="v_prediction", strength=0.3, num_inference_steps=2, num_seeds=2, noise="simplex", seed=5)
+    return AnomalyDetector(codec, GaussianForwardProcess(prediction_type="v_prediction"), network, correction, discrepancy, categories, size, **options)
+
+
+def autoencoder():
+    return AnomalyDetector(PixelCodec(0), IdentityForwardProcess(), ConvolutionalAutoencoder(3, 32, 8, 4), SinglePassCorrection(),
+                           ReconstructionErrorDiscrepancy(), image_size=32, protocol="full_frame")
+
+
+DETECTORS = {  # name -> a function that builds a small detector
+    "deco": lambda: deco(WaveletCodec(), ("pixel", "latent", "feature"), ("brick", "coffee")),
+    "deco, several steps": lambda: deco(WaveletCodec(levels=3), ("pixel", "latent"), steps=3, protocol="full_frame"),
+    "deco, taef2": lambda: deco(load_codec("taef2"), ("pixel", "latent")),
+    "deco, sounds": lambda: deco(WaveletCodec(image_channels=1), ("pixel", "latent"), protocol=LogMel(size=64, seconds=2.0)),
+    "adiff": lambda: adiff(WaveletCodec(), SemanticDiscrepancy.pretrained(input_size=64), 64, ("brick", "coffee"), top_share=0.01),
+    "adiff, sounds": lambda: adiff(WaveletCodec(image_channels=1), SemanticDiscrepancy("unet", depths=None), 64, protocol=LogMel(size=64, seconds=2.0)),
+    "ddpm": lambda: adiff(PixelCodec(0), SemanticDiscrepancy(semantic_weight=0.0, scales=(1,)), 32, protocol="full_frame"),
+    "autoencoder": autoencoder,
+}
+
+
+def make(name):
+    "The detector of that name, with random weights wherever new networks answer zero."
+    torch.manual_seed(0)
+    detector = DETECTORS[name]()
+    for layer in detector.network.modules():
+        if isinstance(layer, torch.nn.Conv2d) and not layer.weight.any():
+            torch.nn.init.normal_(layer.weight, std=0.05)
+    return detector
+
+
+def close(found, wanted):
+    scale = max(1, np.abs(wanted).max())
+    return found.shape == wanted.shape and np.abs(found - wanted).max() <= 1e-4 * scale
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    "DeCo-Diff for two categories, calibrated, as a folder and as ONNX."
+    folder, detector = tmp_path_factory.mktemp("exported"), make("deco")
+    scores = detector([skimage.data.brick(), skimage.data.coffee()], category=["brick", "coffee"]).scores
+    detector.calibrate(np.outer([0.8, 1.0, 1.2], scores).ravel(), ["brick", "coffee"] * 3)
+    detector.save_pretrained(folder / "model")
+    export_detector(folder / "model", folder / "line/detector.onnx")
+    return folder
+
+
+@pytest.mark.parametrize("name", sorted(DETECTORS))
+def test_the_graph_answers_as_the_pipeline(name, tmp_path, monkeypatch, request):
+    if "taef2" in name:
+        monkeypatch.setenv("ADIFF_WEIGHTS", str(request.getfixturevalue("shared") / "weights"))
+    detector = make(name)
+    facts = export_detector(detector, tmp_path / "detector.onnx")
+    run, text = EXPORT_FORMATS["onnx"].read(tmp_path / "detector.onnx")
+    assert ("class_labels" in facts["inputs"]) == (name == "deco")  # the only one that has several categories and looks at them
+    assert json.loads(text).items() <= facts.items() and json.loads((tmp_path / "detector.json").read_text()) == facts
+
+    frames, known = check_frames(detector), detector.config.categories
+    given = {"frames": torch.cat([frames, 0.5 * frames[:2]]).numpy(), "class_labels": np.arange(5) % len(known)}
+    wanted = detector(torch.from_numpy(given["frames"]), category=[known[label] for label in given["class_labels"]])
+    assert wanted.maps.std() > 0
+    for count in (1, 2, 5):
+        maps, scores = run({one: given[one][:count] for one in facts["inputs"]})
+        assert close(maps, wanted.maps[:count]) and close(scores, wanted.scores[:count])
+
+
+def test_torch_format(tmp_path):
+    detector = make("autoencoder")
+    facts = export_detector(detector, tmp_path / "detector.pt2", "torch")
+    run, text = EXPORT_FORMATS["torch"].read(tmp_path / "detector.pt2")
+    wanted = detector(skimage.data.coffee())
+    maps, scores = run({"frames": detector.frames(skimage.data.coffee())[0].numpy()})
+    assert close(maps, wanted.maps) and close(scores, wanted.scores) and json.loads(text)["frame"] == facts["frame"]
+
+
+EXAMPLE = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__'); print('torch' in sys.modules)"
+
+
+@pytest.mark.parametrize("category", ["brick", "coffee"])
+def test_thirty_lines_without_torch(exported, repository, tmp_path, category):
+    script, picture = repository / "nbs/tutorials/onnx_detect.py", tmp_path / "turned.jpg"
+    assert len(script.read_text().splitlines()) <= 30
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side
+    Image.fromarray(skimage.data.coffee()).save(picture, exif=exif)
+    result = subprocess.run([sys.executable, "-c", EXAMPLE, script, exported / "line/detector.onnx", picture, tmp_path / "found.png", category],
+                            capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    (word, score, verdict), torch_imported = (line.split() for line in result.stdout.splitlines())
+    wanted = AnomalyDetector.from_pretrained(exported / "model")(picture, category=category)
+    assert word == "score" and abs(float(score) - wanted.scores[0]) < 1e-4 and torch_imported == ["False"]
+    assert verdict == ("anomalous" if wanted.is_anomalous[0] else "normal")
+    assert Image.open(tmp_path / "found.png").size == (256, 256)
+
+
+def test_facts_are_all_that_a_line_must_know(exported):
+    facts = json.loads((exported / "line/detector.json").read_text())
+    assert facts["categories"] == ["brick", "coffee"] and facts["calibration"]["coffee"]["threshold"] > 0 and facts["map_limit"] == 1
+    assert (facts["frame"]["resize"], facts["frame"]["crop"], facts["frame"]["size"]) == (288, 256, 256)
+    assert max(facts["check"].values()) <= 1e-4 and facts["versions"]["adiff"]
+    file = (exported / "line/detector.onnx").read_bytes()
+    assert str(exported).encode() not in file and b".py" not in file  # nothing about the machine that wrote it
+    assert {path.name for path in (exported / "line").iterdir()} == {"detector.onnx", "detector.json"}
+
+
+def test_large_weights_lie_beside_the_graph(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 0)
+    facts = export_detector(make("autoencoder"), tmp_path / "large.onnx")
+    assert {path.name for path in tmp_path.iterdir()} == {"large.onnx", "large.onnx.data", "large.json"}
+    run, _ = EXPORT_FORMATS["onnx"].read(tmp_path / "large.onnx")
+    assert run({"frames": np.zeros((1, *facts["inputs"]["frames"][1:]), np.float32)})[0].shape == (1, 256, 256)
+
+
+def test_a_graph_that_answers_otherwise_is_not_written(tmp_path, monkeypatch):
+    def read(path):
+        run, text = EXPORT_FORMATS["torch"].read(path)
+        return lambda inputs: [run(inputs)[0] + (1 if len(inputs["frames"]) == 1 else 0), run(inputs)[1]], text
+
+    monkeypatch.setitem(EXPORT_FORMATS, "altered", ExportFormat(".pt2", EXPORT_FORMATS["torch"].write, read))
+    (tmp_path / "detector.pt2").write_text("the one before")
+    with pytest.raises(InputError, match=r"detector.pt2: not written, its answers differ from the pipeline's by 1"):
+        export_detector(make("autoencoder"), tmp_path / "detector.pt2", "altered")
+    assert (tmp_path / "detector.pt2").read_text() == "the one before" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_cannot_be_a_graph_is_refused(tmp_path):
+    codec = FeatureCodec.pretrained(depths=(4, 10))
+    knn = AnomalyDetector(codec, None, None, None, NearestNeighborDiscrepancy(codec.latent_channels, 20), image_size=64)
+    knn.discrepancy.fit([torch.randn(2, codec.latent_channels, 8, 8)])
+    svm = AnomalyDetector(PixelCodec(0, 1), None, None, None, PooledStatisticsDiscrepancy(rows=64), image_size=64, protocol=LogMel(size=64, seconds=2.0))
+    svm.discrepancy.fit([torch.randn(9, 1, 64, 64)])
+    for detector in (knn, svm):
+        with pytest.raises(InputError, match=f"{type(detector.discrepancy).__name__} cannot be written as a graph") as refusal:
+            export_detector(detector, tmp_path / "detector.onnx")
+        assert "\n" not in str(refusal.value) and not list(tmp_path.iterdir())
+
+
+def test_without_the_packages(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(InputError, match=r"the package onnxscript is not installed; pip install 'adiff\[export\]'"):
+        export_detector(make("autoencoder"), tmp_path / "detector.onnx")
+
+
+class StandIn(BaseHTTPRequestHandler):
+    "The part of the hub that huggingface_hub speaks to when it creates, writes and reads a repository of a model; all files are small."
+
+    protocol_version = "HTTP/1.1"
+    repositories = {}  # name -> path -> bytes
+
+    def log_message(self, *arguments):
+        pass
+
+    def answer(self, value=None, status=200, body=None, **headers):
+        body = json.dumps(value).encode() if body is None else body
+        self.send_response(status)
+        for key, content in {"Content-Length": len(body), **headers}.items():
+            self.send_header(key.replace("_", "-"), content)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def find(self, name):
+        "The files of a repository and its commit; answers that there is none otherwise."
+        files = self.repositories.get(name)
+        if files is None:
+            self.answer({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
+        return files, hashlib.sha1(repr(sorted((files or {}).items())).encode()).hexdigest()
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        address = self.path.partition("?")[0].strip("/").split("/")
+        if self.headers.get("Authorization") != "Bearer ours":
+            self.answer({"error": "Invalid username or password."}, 401)
+        elif address == ["api", "validate-yaml"]:
+            self.answer({"errors": [], "warnings": []})
+        elif address == ["api", "repos", "create"]:
+            wanted = json.loads(body)
+            name, exists = f"{wanted['organization']}/{wanted['name']}", 409
+            if name not in self.repositories:
+                self.repositories[name], exists = {}, 200
+            self.answer({"url": f"http://{self.headers['Host']}/{name}", "name": name}, exists)
+        elif address[4] == "preupload":
+            self.answer({"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]]})
+        elif address[4] == "commit":
+            name = "/".join(address[2:4])
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    self.repositories[name][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            commit = self.find(name)[1]
+            self.answer({"success": True, "commitOid": commit, "commitUrl": f"http://{self.headers['Host']}/{name}/commit/{commit}"})
+
+    def do_GET(self):
+        address = self.path.partition("?")[0].strip("/").split("/")
+        name = "/".join(address[2:4] if address[0] == "api" else address[:2])
+        files, commit = self.find(name)
+        if files is None:
+            return
+        if address[0] == "api" and "tree" in address:
+            self.answer([{"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()} for path, content in files.items()])
+        elif address[0] == "api":
+            self.answer({"id": name, "modelId": name, "sha": commit, "siblings": [{"rfilename": path} for path in files], "tags": []})
+        elif (path := "/".join(address[4:])) in files:
+            self.answer(body=files[path], ETag=f'"{hashlib.sha1(files[path]).hexdigest()}"', X_Repo_Commit=commit)
+        else:
+            self.answer({"error": "Entry not found"}, 404, X_Error_Code="EntryNotFound", X_Error_Message="Entry not found", X_Repo_Commit=commit)
+
+    do_HEAD = do_GET
+
+
+PUSH_AND_PULL = """
+import sys
+import skimage
+import numpy as np
+from adiff import AnomalyDetector, InputError
+
+before = AnomalyDetector.from_pretrained(sys.argv[1])
+before.push_to_hub("somebody/brick-and-coffee")
+after = AnomalyDetector.from_pretrained("somebody/brick-and-coffee")
+one, other = (detector(skimage.data.coffee(), category="coffee") for detector in (before, after))
+print(np.array_equal(one.maps, other.maps), np.array_equal(one.normalized_scores, other.normalized_scores))
+before.push_to_hub("somebody/brick-and-coffee", run="elsewhere")
+for act in (lambda: before.push_to_hub("no/such/name"), lambda: before.push_to_hub("somebody/else", token="wrong"),
+            lambda: AnomalyDetector.from_pretrained("nobody/nothing")):
+    try: act()
+    except InputError as error: print(error)
+"""
+
+
+def test_to_the_hub_and_back(exported, tmp_path):
+    for name, content in (("config.json", {"method": "deco", "preset": "cpu", "seed": 0, "dataset": {"name": "photographs", "fingerprint": "0123"}}),
+                          ("metrics.json", {"categories": {"brick": {"image_auroc": 0.875, "aupro": None, "n_test": 4}},
+                                            "mean": {"image_auroc": 0.875, "aupro": None, "n_test": 4}, "notes": ["a note"]})):
+        (exported / name).write_text(json.dumps(content))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), StandIn)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "cache"), "HF_TOKEN": "ours"}
+        result = subprocess.run([sys.executable, "-c", PUSH_AND_PULL, exported / "model"], env=environment, capture_output=True, text=True)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert result.returncode == 0, result.stderr
+    equal, bad_name, refused, absent = result.stdout.splitlines()
+    assert equal == "True True"
+    assert "no/such/name: cannot be uploaded" in bad_name and "somebody/else: cannot be uploaded" in refused and "hf auth login" in refused
+    assert absent.startswith("nobody/nothing: neither a folder nor a model on the hub")
+    files = StandIn.repositories["somebody/brick-and-coffee"]
+    assert {"model_index.json", "README.md", "network/diffusion_pytorch_model.safetensors"} <= set(files)
+    card = files["README.md"].decode()  # of the first time: one that is there already stays
+    for words in ("library_name: adiff", "method deco", "data photographs", "brick, coffee", "| image_auroc |\n|---|---|\n| brick | 87.5 |", "- a note",
+                  "licence of the training data is not known", "protocol official"):
+        assert words in card, card
