@@ -23,7 +23,7 @@ CHAPTERS = {"0": "Core", "1": "Data", "2": "Spaces, diffusion, networks", "3": "
             "5": "Detector, training, runs", "6": "Experiments in batches"}
 FOLDERS = {"tutorials": "Tutorials", "": "", "experiments": "Experiments", "experiments/results": "Executed results"}
 PAGES = {"README.md": "index", "CONTRIBUTING.md": "contributing", "CHANGELOG.md": "changelog"}  # files of the repository -> pages
-CARDS = ("cards/models", "cards/data")
+CARDS = ("cards/models", "cards/data", "bad_inputs")  # pages in nbs/ beside the notebooks
 WORDS = {"auroc": "AUROC", "ap": "AP", "f1": "F1", "pauc": "pAUC", "aupro": "AUPRO"}
 
 
