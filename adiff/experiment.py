@@ -38,7 +38,7 @@ from .core import (InputError, atomic_folder, atomic_path, ensure_folder, locked
 from .data import Frames, read_dataset, sample_of
 from .deco_diff import DECO_DIFF_PRESETS, DECO_DIFF_SOUNDS, DeCoDiffConfig, build_deco_diff
 from .distributed import count_processes, fit_in_processes, launched_processes
-from .extensions import Extensible
+from .extensions import Extensible, extension_versions
 from .machine import use_machine
 from .metrics import (PixelCounts, counted_pro_curve, harmonic_mean_metrics, image_metrics, mean_metrics, pixel_counts,
                            pixel_metrics)
@@ -166,7 +166,8 @@ def _fit_here(record, config, dataset, out_dir, device, resume, processes):
             detector.codec.fit_scale(detector.resize(frames.to(device)) for _, frames in batches)
 
     if state.is_main_process:
-        write_json(out_dir / "config.json", {**record, "frame": frame.config(), "versions": versions(), "processes": processes,
+        write_json(out_dir / "config.json", {**record, "frame": frame.config(), "versions": {**versions(), **extension_versions()},
+                                             "processes": processes,
                                              "device": machine.device, "machine": asdict(machine)})
     train(detector, dataset, config, out_dir, resume=resume, device=device)
     if state.is_main_process:

@@ -99,7 +99,8 @@ def test_method(run):
 
 def test_codec(run):
     assert index(run)["codec"] == ["opponent", "OpponentCodec"]
-    assert json.loads((run / "config.json").read_text())["parameters"]["codec"] == "opponent"
+    record = json.loads((run / "config.json").read_text())
+    assert record["parameters"]["codec"] == "opponent" and record["versions"]["adiff-opponent"] == "0.1"
     assert json.loads((run / "model/codec/config.json").read_text())["levels"] == 2
 
 

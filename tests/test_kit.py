@@ -52,7 +52,7 @@ def test_top_level_is_what_the_ecosystem_needs(repository):
         pytest.skip("needs the git checkout")
     tracked = subprocess.run(["git", "ls-files"], cwd=repository, capture_output=True, text=True, check=True).stdout.split("\n")
     expected = {"nbs", "adiff", "settings.ini", "setup.py", "data_scripts", "tests", "README.md", "pyproject.toml", "constraints.txt",
-                "Makefile", "LICENSE", "CITATION.cff", ".ci", ".gitignore"}
+                "Makefile", "LICENSE", "CITATION.cff", "CONTRIBUTING.md", "CHANGELOG.md", ".ci", ".gitignore"}
     assert {name.split("/")[0] for name in tracked if name} <= expected
 
 

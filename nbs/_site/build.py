@@ -1,8 +1,8 @@
 """Builds the documentation site, without network: `make docs`, or `python nbs/_site/build.py [OUT]`, writes OUT/html/index.html.
 
 Sphinx reads a copy of the notebooks (OUT/source), not the notebooks: in the copy nbdev's directives are gone, cells of the
-package have an address, and the pages that can be derived are written: the landing page from README.md, one page of API
-reference for every module, one for the matrices.
+package have an address, and the pages that can be derived are written: the landing page from README.md, those on contributing and
+changes, one page of API reference for every module, one for the matrices.
 """
 import argparse
 import json
@@ -22,6 +22,8 @@ PACKAGE = REPOSITORY / "adiff"
 CHAPTERS = {"0": "Core", "1": "Data", "2": "Spaces, diffusion, networks", "3": "Methods", "4": "Scores and figures",
             "5": "Detector, training, runs", "6": "Experiments in batches"}
 FOLDERS = {"tutorials": "Tutorials", "": "", "experiments": "Experiments", "experiments/results": "Executed results"}
+PAGES = {"README.md": "index", "CONTRIBUTING.md": "contributing", "CHANGELOG.md": "changelog"}  # files of the repository -> pages
+CARDS = ("cards/models", "cards/data", "bad_inputs")  # pages in nbs/ beside the notebooks
 WORDS = {"auroc": "AUROC", "ap": "AP", "f1": "F1", "pauc": "pAUC", "aupro": "AUPRO"}
 
 
@@ -89,7 +91,7 @@ def toctree(caption, entries):
 
 
 def contents(known, api, extra):
-    "The tables of contents of the site: tutorials, the package's chapters, experiments, results, API."
+    "The tables of contents of the site: tutorials, the package's chapters, experiments, results, API and cards, the project's pages."
     folders = {folder: [name for name in known if str(Path(name).parent).strip(".") == folder] for folder in FOLDERS}
     for name in known:
         folder = str(Path(name).parent).strip(".")
@@ -105,19 +107,22 @@ def contents(known, api, extra):
         for digit in sorted({name[0] for name in names}):
             entries = [(name.replace("_", " ", 1), name) for name in names if name[0] == digit]
             trees.append(toctree(CHAPTERS.get(digit, "More"), entries))
-    return "".join([*trees, toctree("Reference", ["api/index"])])
+    project = [page for name, page in PAGES.items() if page != "index" and (REPOSITORY / name).is_file()]
+    return "".join([*trees, toctree("Reference", ["api/index", *CARDS]), toctree("The project", project)])
 
 
-def landing_page(known):
-    "README.md with links into the site; what the site does not hold is named, not linked."
+def stage_markdown(path, known):
+    "The Markdown file `path` of the repository, with links into the site; what the site does not hold is named, not linked."
     def local(match):
-        text, target = match[1], match[2]
-        if re.match(r"https?:|#", target): return match[0]
-        inside = target.removeprefix("nbs/")
-        return f"[{text}]({inside})" if target != inside and (NOTEBOOKS / inside.split("#")[0]).is_file() else text
+        if re.match(r"https?:|#", match[2]): return match[0]
+        text, (target, mark, place) = match[1], match[2].partition("#")
+        file, place = (path.parent / target).resolve(), mark + place
+        if page := PAGES.get(file.relative_to(REPOSITORY).as_posix()): return f"[{text}](/{page}.md{place})"
+        return f"[{text}](/{file.relative_to(NOTEBOOKS)}{place})" if file.is_file() and file.is_relative_to(NOTEBOOKS) else text
 
-    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    return link_notebooks(re.sub(r"(?<!!)\[([^\]]*)\]\(([^)]*)\)", local, text), known)
+    parts = re.split(r"(^```.*?^```)", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    linked = (part if i % 2 else re.sub(r"(?<!!)\[([^\]]*)\]\(([^)]*)\)", local, part) for i, part in enumerate(parts))
+    return link_notebooks("".join(linked), known)
 
 
 def api_page(module, notebook):
@@ -179,7 +184,9 @@ def stage(source):
     published = NOTEBOOKS / "experiments/published.csv"
     if published.is_file(): files["experiments/published.md"] = published_page(published)
     extra = [name for name in ("experiments/matrices", "experiments/published") if f"{name}.md" in files]
-    files["index.md"] = landing_page(known) + contents(known, api, extra)
+    files |= {f"{card}.md": stage_markdown(NOTEBOOKS / f"{card}.md", known) for card in CARDS}
+    files |= {f"{page}.md": stage_markdown(REPOSITORY / name, known) for name, page in PAGES.items() if (REPOSITORY / name).is_file()}
+    files["index.md"] += contents(known, api, extra)
     for name, content in files.items():
         path = source / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ import sys
 from configparser import ConfigParser
 from functools import cache
 from importlib.util import find_spec
+from inspect import unwrap
 from pathlib import Path
 from types import FunctionType
 
@@ -169,7 +170,7 @@ def overview(module):
     "A table of the public names of `module`, then its values, which automodule passes over. adiff itself lists what it takes from its modules."
     package = sys.modules[module]
     names = package.__all__ or [f"~{home}.{name}" for name, home in getattr(package, "_homes", {}).items()]
-    values = [name for name in package.__all__ if not isinstance(getattr(package, name), (type, FunctionType))]
+    values = [name for name in package.__all__ if not isinstance(unwrap(getattr(package, name)), (type, FunctionType))]
     table = ["", ".. autosummary::", "   :nosignatures:", "", *(f"   {name}" for name in names), ""] if names else []
     return [*table, *(line for name in values for line in (f".. autodata:: {module}.{name}", ""))]
 
