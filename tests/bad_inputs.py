@@ -99,7 +99,7 @@ def fit_use(root, out, overrides=None, options=(), categories="all", seed=0, dev
 
 def earlier_detections(out):
     "What an earlier, good detection left in `out`."
-    (out / "overlays").mkdir(parents=True)
+    (out / "overlays").mkdir(parents=True, exist_ok=True)
     (out / "scores.csv").write_text("path,score\nearlier.png,0.5\n")
     (out / "overlays/earlier.png_overlay.png").write_bytes(png())
     return out
@@ -359,6 +359,9 @@ def same_as(content):
     return lambda found: np.array_equal(np.asarray(found), np.asarray(Image.open(io.BytesIO(content)).convert("RGB")))
 
 
+ODD_NAMES = {"with a line break": "a\nb.png", "with spaces": " a b .png", "in Unicode": "Prüfung 検査 🔍.png", "with HTML": "<img src=x onerror=alert(1)>.png",
+             "that begins with a dash": "-rf.png", "that is a formula": "=cmd|' 'C'!A0.png", "with shell commands": "$(touch executed);`touch executed`.png"}
+
 IMAGES = [
     refused("truncated PNG", image(half(png())), "half a picture is none", "x.png", "cannot be read as an image"),
     refused("truncated JPEG", image(half(png(form="JPEG", quality=100)), "x.jpg"), "half a picture is none", "x.jpg", "cannot be read as an image"),
@@ -400,9 +403,7 @@ IMAGES = [
     handled("animated PNG", image(several("PNG", default_image=False)), "the first frame counts", same_as(png())),
     handled("animated GIF named .png", image(several("GIF")), "the content decides, the first frame counts", is_picture()),
     handled("turned by EXIF", image(turned(), "x.jpg"), "shown upright", is_picture(30, 40)),
-    *(handled(f"name {title}", image(png(), name), "a name like any other", is_picture()) for title, name in {
-        "with a line break": "a\nb.png", "with spaces": " a b .png", "in Unicode": "Prüfung 検査 🔍.png", "with HTML": "<img src=x onerror=alert(1)>.png",
-        "that begins with a dash": "-rf.png", "that is a formula": "=cmd|' 'C'!A0.png", "with shell commands": "$(touch executed);`touch executed`.png"}.items()),
+    *(handled(f"name {title}", image(png(), name), "a name like any other", is_picture()) for title, name in ODD_NAMES.items()),
 ]
 
 # ---- masks
@@ -662,6 +663,11 @@ PARAMETERS += [
     refused("detections into a file", detect_use(out_dir=lambda folder: place(folder, "out", b"mine")), "it would be lost", "cannot write here"),
     handled("a folder named x.png with a picture in it", detect_use(source=lambda kit, folder: place(folder, "x.png/a.png", png()).parent), "searched through",
             lambda found: len(found) == 1 and not found.error.any()),
+    handled("detections into the folder of the pictures, a second time", detect_use(source=lambda kit, folder: earlier_detections(place(folder, "p/a.png", png()).parent),
+                                                                                    out_dir=lambda folder: folder / "p"), "our own overlays are not looked at",
+            lambda found: len(found) == 1 and not found.error.any()),
+    refused("detection in our own overlays", detect_use(source=lambda kit, folder: earlier_detections(folder / "out") / "overlays", out_dir=lambda folder: folder / "out"),
+            "they are not pictures of anything", "overlays", "nothing else"),
     handled("a folder with a link to itself", detect_use(source=lambda kit, folder: linked(folder)), "links to folders are not followed",
             lambda found: len(found) == 1 and not found.error.any()),
 ]

@@ -105,7 +105,7 @@ def contents(known, api, extra):
         for digit in sorted({name[0] for name in names}):
             entries = [(name.replace("_", " ", 1), name) for name in names if name[0] == digit]
             trees.append(toctree(CHAPTERS.get(digit, "More"), entries))
-    return "".join([*trees, toctree("Reference", ["api/index"])])
+    return "".join([*trees, toctree("Reference", ["api/index", "bad_inputs"])])
 
 
 def landing_page(known):
