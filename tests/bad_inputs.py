@@ -191,7 +191,7 @@ def table(content):
     "A split table, where VisA has it, so that the notebooks find it by the root alone."
     def use(kit, folder):
         root = folder / "data"
-        for number in range(4):
+        for number in range(5):
             place(root, f"pictures/{number}.png", png(seed=number))
         place(root, "outside.png", png())
         place(root, "split_csv/1cls.csv", content)
@@ -517,6 +517,7 @@ SOUNDS = [
 
 HEAD = "object,split,label,image,mask"
 ROWS = [f"thing,train,normal,pictures/{number}.png," for number in range(4)]
+WHOLE = [*ROWS, "thing,test,normal,pictures/4.png,"]
 
 
 def rows(*lines, head=HEAD, encoding="utf-8"):
@@ -551,11 +552,11 @@ TABLES = [
     refused("anomaly in the training split", table(rows(*ROWS, "thing,train,anomaly,outside.png,")), "training is on normal images only", "row 6",
             "outside the test split"),
     refused("none of its files is there", table(rows("thing,train,normal,gone.png,")), "nothing to train on", "holds no image of thing"),
-    handled("with a byte-order mark", table(rows(*ROWS, encoding="utf-8-sig")), "the mark is no part of the first name", detector_of("thing")),
-    handled("Windows line ends and quotes", table(rows(*ROWS, '"thing","train","normal","outside.png",""').replace(b"\n", b"\r\n")), "a table like any other",
+    handled("with a byte-order mark", table(rows(*WHOLE, encoding="utf-8-sig")), "the mark is no part of the first name", detector_of("thing")),
+    handled("Windows line ends and quotes", table(rows(*WHOLE, '"thing","train","normal","outside.png",""').replace(b"\n", b"\r\n")), "a table like any other",
             detector_of("thing")),
-    handled("category that is a formula", table(rows(*(row.replace("thing", "=1+1") for row in ROWS))), "text, in python as in our files", detector_of("=1+1")),
-    handled("rows without a file", table(rows(*ROWS, "thing,train,normal,gone.png,")), "left out, counted in a note", detector_of("thing")),
+    handled("category that is a formula", table(rows(*(row.replace("thing", "=1+1") for row in WHOLE))), "text, in python as in our files", detector_of("=1+1")),
+    handled("rows without a file", table(rows(*WHOLE, "thing,train,normal,gone.png,")), "left out, counted in a note", detector_of("thing")),
     refused("UrbanSound8K: fold 11", urban(rows("0.wav,1,0,1,1,11,3,dog_bark", head=URBAN_HEAD)), "there are ten", "row 2", "fold '11'"),
     refused("UrbanSound8K: a time that is no number", urban(rows("0.wav,1,zero,1,1,1,3,dog_bark", head=URBAN_HEAD)), "no length", "row 2", "does not end"),
     refused("UrbanSound8K: a recording in training and test", urban(rows("0.wav,1,0,1,1,1,3,dog_bark", "1.wav,1,0,1,1,10,3,dog_bark", head=URBAN_HEAD)),
