@@ -197,6 +197,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'adiff.cli.Command.__init__': ('cli.html#command.__init__', 'adiff/cli.py'),
                            'adiff.cli.Commands': ('cli.html#commands', 'adiff/cli.py'),
                            'adiff.cli.Commands.invoke': ('cli.html#commands.invoke', 'adiff/cli.py'),
+                           'adiff.cli._AboveBars': ('cli.html#_abovebars', 'adiff/cli.py'),
+                           'adiff.cli._AboveBars.emit': ('cli.html#_abovebars.emit', 'adiff/cli.py'),
                            'adiff.cli._as_json': ('cli.html#_as_json', 'adiff/cli.py'),
                            'adiff.cli._be_quiet': ('cli.html#_be_quiet', 'adiff/cli.py'),
                            'adiff.cli._messages': ('cli.html#_messages', 'adiff/cli.py'),

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import click
-from tqdm.contrib.logging import logging_redirect_tqdm
+from tqdm import tqdm
 
 from .core import InputError, Terminated, close_progress, interrupt, signals_to
 
@@ -44,15 +44,21 @@ def show(value, text):
     click.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) if wanted else text)
 
 
+class _AboveBars(logging.Handler):
+    "Writes messages to standard error, above the bars that are under way."
+
+    def emit(self, record):
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
 @contextmanager
 def _messages():
-    "What adiff logs goes to standard error while the body runs, above the bars."
-    logger, handler = logging.getLogger("adiff"), logging.StreamHandler(sys.stderr)
+    "What adiff logs goes to standard error while the body runs."
+    logger, handler = logging.getLogger("adiff"), _AboveBars()
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
     try:
-        with logging_redirect_tqdm([logger]):
-            yield
+        yield
     finally:
         logger.removeHandler(handler)
 
