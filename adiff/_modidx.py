@@ -201,6 +201,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'adiff.cli._AboveBars.emit': ('cli.html#_abovebars.emit', 'adiff/cli.py'),
                            'adiff.cli._as_json': ('cli.html#_as_json', 'adiff/cli.py'),
                            'adiff.cli._be_quiet': ('cli.html#_be_quiet', 'adiff/cli.py'),
+                           'adiff.cli._completed': ('cli.html#_completed', 'adiff/cli.py'),
+                           'adiff.cli._matrices': ('cli.html#_matrices', 'adiff/cli.py'),
                            'adiff.cli._messages': ('cli.html#_messages', 'adiff/cli.py'),
                            'adiff.cli._pairs': ('cli.html#_pairs', 'adiff/cli.py'),
                            'adiff.cli._values': ('cli.html#_values', 'adiff/cli.py'),

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import click
+from click.shell_completion import CompletionItem
 from tqdm import tqdm
 
 from .core import InputError, Terminated, close_progress, interrupt, signals_to
@@ -106,15 +107,32 @@ def main():
     "Diffusion-based anomaly detection: train on normal images, find what deviates."
 
 
+def _completed(names):
+    "What a shell completes an argument with: one of `names()`, or else a file."
+    def complete(context, parameter, incomplete):
+        return [CompletionItem(name) for name in names() if name.startswith(incomplete)] or [CompletionItem(incomplete, type="file")]
+
+    return complete
+
+
+def _matrices():
+    from adiff.matrix import matrices_folder
+
+    return sorted(path.stem for path in matrices_folder().glob("*.yaml"))
+
+
+# Written out, because a shell does not wait for torch; a test holds them equal to what there is.
+_methods = ("adiff", "autoencoder", "ddpm", "ddpm-simplex", "deco", "dense-autoencoder", "isolation-forest", "knn", "one-class-svm", "padim")
+_presets = ("cpu", "cpu-taef2", "gpu", "paper")
 _device = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:0 or mps")
 _seed = click.option("--seed", default=0, show_default=True, help="seed of weights, data order, corruptions")
 
 # %% ../nbs/55_cli.ipynb #85d6bd5a
 @main.command(epilog="Example:  adiff fit deco photos/normal --out runs/mine --preset cpu")
-@click.argument("method")
+@click.argument("method", shell_complete=_completed(lambda: _methods))
 @click.argument("data", type=click.Path())
 @click.option("--out", "out_dir", required=True, type=click.Path(), help="run folder to write")
-@click.option("--preset", default="cpu", show_default=True, help="cpu, gpu or paper")
+@click.option("--preset", default="cpu", show_default=True, help="cpu, gpu or paper", shell_complete=_completed(lambda: _presets))
 @click.option("--categories", default="all", show_default=True, help="names separated by commas")
 @click.option("--overrides", default="{}", help="JSON object of config keys, as '{\"codec\": \"taef2\"}'")
 @click.option("--split-table", type=click.Path(), help="CSV that says which image is for what")
@@ -168,7 +186,7 @@ def detect(model, paths, out_dir, category, batch_size, device):
     scores = detect_files(model, paths, out_dir, category=category, batch_size=batch_size, device=device)
     failed = int(scores["error"].ne("").sum())
     show(json.loads(scores.to_json(orient="records")),
-         f"{len(scores) - failed} files, {int(scores['anomalous'].eq(True).sum())} anomalous: {Path(out_dir) / 'scores.csv'}")
+         f"{len(scores) - failed} file{'s' * (len(scores) - failed != 1)}, {int(scores['anomalous'].eq(True).sum())} anomalous: {Path(out_dir) / 'scores.csv'}")
     if failed:
         raise InputError(f"{failed} of {len(scores)} files could not be read; see the column 'error' of {Path(out_dir) / 'scores.csv'}")
 
@@ -214,7 +232,7 @@ def _values(texts, option):
 
 
 @main.command(epilog="Example:  adiff reproduce demo   or:  adiff reproduce ablation_deco --only categories=bottle --dry-run")
-@click.argument("matrix")
+@click.argument("matrix", shell_complete=_completed(_matrices))
 @click.option("--out", "out_dir", type=click.Path(), help="folder to write; default: reproduced/MATRIX")
 @click.option("--dry-run", is_flag=True, help="show the runs, how they stand and how long they may take; run nothing")
 @click.option("--only", multiple=True, metavar="AXIS=VALUES", help="keep these values of an axis (or group), separated by commas")
