@@ -180,7 +180,7 @@ def _carry_out(engine, out, todo, expected):
 
 # %% ../nbs/62_reproduce.ipynb #f9b15a3a
 def make_outputs(out):
-    "Tables, figures and the site of the reproduction in the folder `out`. Prints where they are, or why there are none."
+    "Tables, figures and the site of the reproduction in the folder `out`. Prints where they are; why there are none is a warning."
     from adiff.site import write_site
     from adiff.tables import write_tables
 
