@@ -130,10 +130,10 @@ class AnomalyDetector(DiffusionPipeline):
         """
         folder = Path(folder) if Path(folder).is_dir() else Path(cls._from_hub(folder, **options))
         index = read_json(folder / "model_index.json")
-        names = cls._get_signature_keys(cls)[0]
-        if not isinstance(index, dict) or not all(isinstance(index.get(name), list) and len(index[name]) == 2 for name in names):
-            raise InputError(f"{folder / 'model_index.json'}: does not name a module and a class for each of {', '.join(sorted(names))}")
-        for name in names:
+        names = sorted(cls._get_signature_keys(cls)[0])
+        if not isinstance(index, dict) or not all(isinstance(index[name], list) and len(index[name]) == 2 for name in names if name in index):
+            raise InputError(f"{folder / 'model_index.json'}: does not name a module and a class for each of {', '.join(names)}")
+        for name in (name for name in names if name in index):
             if index[name][0] is None and name in cls._optional_components:
                 continue
             library = str(index[name][0])
