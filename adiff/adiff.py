@@ -16,7 +16,7 @@ from .gaussian import GaussianForwardProcess, PartialNoisingCorrection
 from .multiscale import MULTISCALE_SIZES, MultiScaleUNet
 from .pipeline import AnomalyDetector
 from .semantic import SemanticDiscrepancy
-from .training import DetectorConfig, checked, make_codec
+from .training import DetectorConfig, make_codec
 
 # %% ../nbs/32_adiff.ipynb #f246c641
 class ADiffConfig(DetectorConfig):
@@ -94,6 +94,7 @@ def build_adiff(config, categories, frame):
                                             num_seeds=config.num_seeds, seed=config.seed, **noising),
         discrepancy=SemanticDiscrepancy.pretrained(
             extractor=config.semantic_extractor, semantic_weight=config.semantic_weight, scales=tuple(config.scales),
-            sigma=config.sigma, grid=config.normalization_grid, input_size=config.semantic_input, depths=config.semantic_depths and tuple(config.semantic_depths)),
+            sigma=config.sigma, grid=config.normalization_grid, input_size=config.semantic_input,
+            depths=config.semantic_depths and tuple(config.semantic_depths)),
         categories=categories, image_size=image_size, protocol=frame, top_share=config.top_share,
         mixed_precision=config.mixed_precision)

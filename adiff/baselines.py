@@ -30,7 +30,7 @@ from .deviation import ForwardSample
 from .discrepancy import Discrepancy, gaussian_smooth, mirror_resize
 from .features import FeatureCodec
 from .pipeline import AnomalyDetector
-from .training import DetectorConfig, checked, make_codec
+from .training import DetectorConfig, make_codec
 
 # %% ../nbs/33_baselines.ipynb #aacefc43
 class IdentityForwardProcess(SchedulerMixin, ConfigMixin):

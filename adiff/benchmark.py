@@ -154,7 +154,8 @@ def blob_maps(count=83, size=256, seed=0):
     masks, maps = np.zeros((count, size, size), bool), np.empty((count, size, size), np.float32)
     for index in range(count):
         for _ in range(generator.integers(1, 4) if index % 4 else 0):
-            row, column, radius = generator.uniform(0.1, 0.9) * size, generator.uniform(0.1, 0.9) * size, generator.uniform(0.02, 0.1) * size
+            row, column = generator.uniform(0.1, 0.9) * size, generator.uniform(0.1, 0.9) * size
+            radius = generator.uniform(0.02, 0.1) * size
             masks[index] |= np.hypot(y - row, x - column) < radius
         noise = gaussian_filter(generator.normal(size=(size, size)), size / 64)
         maps[index] = noise / noise.std() + 2 * gaussian_filter(masks[index].astype(float), size / 64)
@@ -603,7 +604,8 @@ def exact_products(device):
 
 
 def gpu_memory(device, function):
-    "{\"before_mb\", \"peak_mb\"} that torch's tensors occupied on the GPU before and during one call; {} on a CPU, see `memory_in_children`."
+    """{"before_mb", "peak_mb"} that torch's tensors occupied on the GPU before and during one call; {} on a CPU, see
+    `memory_in_children`."""
     if device.type != "cuda":
         return {}
     torch.cuda.synchronize(device)
@@ -649,7 +651,7 @@ def measure_parts(settings, made, batch, size, codec="wavelet", names=("encode",
     own = ("network call", "correction")  # the official code has functions for these two
     records = []
     for part in names:
-        functions = {name: lambda one=one: calls[part](one) for name, one in made.items()
+        functions = {name: lambda one=one, call=calls[part]: call(one) for name, one in made.items()
                      if part in own or name in ("ours", "plain")}
         with _prepared(made):
             records.append(record(settings, part, functions, batch, size=size, codec=codec))
@@ -747,9 +749,10 @@ NOTES = (
     "untrained weights, equal for all: speed does not depend on weights; dropout off",
     "codec wavelet: grey pictures of 64 x 64 pixels, tiny: colour pictures of 256 x 256 pixels; latents 4 x 32 x 32 for both",
     "official: its own network and correction; encoding, decoding and scoring around them are the plain ones, its training step ours",
-    "official: its network recomputes its transformer blocks in the backward pass (gradient checkpointing), which saves memory and costs time",
-    "memory on a CPU: peak of a process that does only this, python and libraries included; on a GPU: torch's tensors, all contestants' weights "
-    "included; both beside what was there before the call",
+    "official: its network recomputes its transformer blocks in the backward pass (gradient checkpointing), "
+    "which saves memory and costs time",
+    "memory on a CPU: peak of a process that does only this, python and libraries included; on a GPU: torch's tensors, "
+    "all contestants' weights included; both beside what was there before the call",
     "AUPRO: plain does only some of the 200 thresholds, and its time is scaled; ours is exact over all thresholds there are",
     "on a GPU outputs are compared without TF32, and times are taken with it",
 )
@@ -761,7 +764,8 @@ def run_benchmark(out_dir, device="auto", sizes=("XS",), batch_sizes=(1, 8, 64),
 
     sizes: names in `UNET_SIZES`. official: a checkout of DeCo-Diff or None. seconds, rounds: per measurement, at least. minutes: of
     training at batch 128 on a GPU, from which 10,400 updates are extrapolated for the last size. training_batch_size: None: 128 on a GPU, 8
-    elsewhere. maps: how many, of 256 x 256, for the metrics; all_thresholds: run the loop for AUPRO whole. Raises `InputError` for unknown names, a wrong checkout, and if outputs differ.
+    elsewhere. maps: how many, of 256 x 256, for the metrics; all_thresholds: run the loop for AUPRO whole. Raises `InputError` for unknown
+    names, a wrong checkout, and if outputs differ.
     """
     device = resolve_device(device)
     for size in sizes:
@@ -780,9 +784,11 @@ def run_benchmark(out_dir, device="auto", sizes=("XS",), batch_sizes=(1, 8, 64),
             records += some
             bar.update()
     add_memory([one for one in records if one["part"] == "AUPRO" or not gpu and (
-        one["part"] == "training step" or one["part"] == "detection" and one["codec"] == "wavelet" and one["batch"] == batches[-1])], folder)
+        one["part"] == "training step"
+        or one["part"] == "detection" and one["codec"] == "wavelet" and one["batch"] == batches[-1])], folder)
     result = {"machine": machine, "versions": {**versions(), "scikit-image": skimage.__version__},
-              "settings": {"sizes": list(sizes), "batch_sizes": batches, "seconds": seconds, "rounds": rounds, "official": official is not None,
+              "settings": {"sizes": list(sizes), "batch_sizes": batches, "seconds": seconds, "rounds": rounds,
+                           "official": official is not None,
                            "training_batch_size": training_batch_size},
               "measurements": records, "starts": measure_starts(max(rounds, min(5, int(seconds)))),
               "training": updates_time(settings, sizes[-1] if gpu else "L", minutes=minutes), "notes": list(NOTES)}
@@ -845,8 +851,8 @@ def benchmark_table(result):
         rows.append({"": _title(one), "ours (ms)": f"{1000 * ours['seconds']['median']:.3g}", "per second": f"{ours['per_second']:.3g}",
                      **{f"{name} / ours": "out of memory" if name in one["left_out"] else _ratio(found.get(name)) for name in names},
                      "difference": f"{max(other['difference'] for other in found.values() if other['difference'] is not None):.0e}",
-                     "peak MB": ", ".join(f"{name} {other['peak_mb']:.0f} ({other['before_mb']:.0f} before)" for name, other in found.items()
-                                          if "peak_mb" in other)})
+                     "peak MB": ", ".join(f"{name} {other['peak_mb']:.0f} ({other['before_mb']:.0f} before)"
+                                          for name, other in found.items() if "peak_mb" in other)})
     rows += [{"": f"start: {name}", "ours (ms)": f"{1000 * taken['median']:.0f}"} for name, taken in result["starts"].items()]
     if result["machine"]["gpu"] is None:
         rows += [{"": name, "ours (ms)": GPU_ONLY} for name in ("GPU: UNet_L, detection of 1, 8, 64", "GPU: bf16 against float32",

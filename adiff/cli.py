@@ -83,7 +83,8 @@ class Commands(click.Group):
                 raise
             close_progress()
             where = f"{error.filename}: " if error.filename else ""
-            click.echo(f"adiff: {where}{error.strerror.lower()}; make room or choose another place, then give the same command again", err=True)
+            click.echo(f"adiff: {where}{error.strerror.lower()}; make room or choose another place, then give the same command again",
+                       err=True)
             context.exit(2)
         except KeyboardInterrupt as stop:
             close_progress()
@@ -237,7 +238,8 @@ def reproduce(matrix, out_dir, dry_run, only, parameters, data, retry, engine, e
         return
     failed = {label: error for label, error in errors.items() if error}
     lines = [f"{label}: {error}" for label, error in failed.items()]
-    lines.append(f"{len(errors)} runs, {len(errors) - len(failed)} done" + f"; {len(failed)} not: see log.txt there, --retry runs them again"*bool(failed))
+    lines.append(f"{len(errors)} runs, {len(errors) - len(failed)} done" + f"; {len(failed)} not: see log.txt there, "
+                                                                           "--retry runs them again"*bool(failed))
     show(errors, "\n".join(lines))
     if failed:
         raise SystemExit(1)
@@ -246,7 +248,8 @@ def reproduce(matrix, out_dir, dry_run, only, parameters, data, retry, engine, e
 @main.command(epilog="Example:  adiff table reproduced/demo --out tables")
 @click.argument("runs", nargs=-1, required=True, type=click.Path())
 @click.option("--out", "out_dir", type=click.Path(), help="folder for results.csv, results.parquet and every table as md, tex and html")
-@click.option("--format", "form", default="text", show_default=True, type=click.Choice(["text", "markdown", "latex", "html"]), help="what to print")
+@click.option("--format", "form", default="text", show_default=True, type=click.Choice(["text", "markdown", "latex", "html"]),
+              help="what to print")
 def table(runs, out_dir, form):
     "Tables of the run folders RUNS: mean and spread over seeds, intervals over images, ours beside published numbers."
     from adiff.tables import collect, read_published, tables, write_tables
@@ -259,7 +262,8 @@ def table(runs, out_dir, form):
 # %% ../nbs/55_cli.ipynb #53a7c402
 @main.command(epilog="Example:  adiff benchmark --sizes XS,S --official DeCo-Diff")
 @click.option("--out", "out_dir", default="runs/benchmark", show_default=True, type=click.Path(), help="folder for json, csv and figure")
-@click.option("--official", type=click.Path(), help="checkout of github.com/farzad-bz/DeCo-Diff, whose code is run; needs einops and omegaconf")
+@click.option("--official", type=click.Path(),
+              help="checkout of github.com/farzad-bz/DeCo-Diff, whose code is run; needs einops and omegaconf")
 @click.option("--sizes", default="XS", show_default=True, help="of the U-Net, separated by commas: nano, XS, S, M, L, XL")
 @click.option("--seconds", default=10.0, show_default=True, help="per measurement, at least")
 @click.option("--minutes", default=1.0, show_default=True, help="of training on a GPU, from which 10,400 updates are extrapolated")
@@ -272,7 +276,8 @@ def benchmark(out_dir, official, sizes, seconds, minutes, all_thresholds, device
     """
     from adiff.benchmark import benchmark_text, run_benchmark
 
-    result = run_benchmark(out_dir, device, sizes.split(","), official=official, seconds=seconds, minutes=minutes, all_thresholds=all_thresholds)
+    result = run_benchmark(out_dir, device, sizes.split(","), official=official, seconds=seconds, minutes=minutes,
+                           all_thresholds=all_thresholds)
     written = ", ".join(str(Path(out_dir) / f"benchmark.{kind}") for kind in ("json", "csv", "png"))
     show(result, f"{benchmark_text(result)}\nwritten: {written}")
 

@@ -24,7 +24,7 @@ from torch import nn
 
 from .core import InputError, atomic_folder, read_json
 from .extensions import Extensible
-from .wavelets import WaveletPacket2d, band_names
+from .wavelets import WaveletPacket2d
 
 # %% ../nbs/21_codecs.ipynb #d6e48e12
 class Codec(ModelMixin, ConfigMixin):
@@ -345,8 +345,8 @@ def load_codec(name="wavelet", **options):
     `adiff.codecs` (`adiff.extensions`), or a folder: one written by `save_pretrained` of a
     codec, an AutoencoderKL or an AutoencoderTiny, or one with NAME_encoder.pth and NAME_decoder.pth. Weights of a named
     codec come from `$ADIFF_WEIGHTS/name`, else from the hub's cache, else from the hub. `options` are the
-    arguments of the codecs wavelet (wavelet, levels, image_channels) and pixels (levels, image_channels). Raises `InputError` for an unknown name or option, and if the
-    weights are in none of the three places or cannot be read.
+    arguments of the codecs wavelet (wavelet, levels, image_channels) and pixels (levels, image_channels). Raises `InputError` for an
+    unknown name or option, and if the weights are in none of the three places or cannot be read.
     """
     known = _options.get(name, ())
     unknown = sorted(options.keys() - set(known))
@@ -355,7 +355,8 @@ def load_codec(name="wavelet", **options):
     if name in CODECS:
         codec = CODECS[name](**options)
         if not isinstance(codec, Codec):
-            raise InputError(f"codec {name!r}: an installed package makes a {type(codec).__name__} of that name, not a Codec; repair or uninstall it")
+            raise InputError(f"codec {name!r}: an installed package makes a {type(codec).__name__} of that name, not a Codec; "
+                             "repair or uninstall it")
     elif Path(name).is_dir():
         codec = _open_folder(Path(name))
     else:

@@ -87,7 +87,8 @@ def atomic_folder(folder):
 
 
 def remove_leftovers(folder, skip=None):
-    "Removes temporary files and folders that killed processes left below `folder`, except in its folder `skip`; those of living processes stay."
+    """Removes temporary files and folders that killed processes left below `folder`, except in its folder `skip`; those of living
+    processes stay."""
     for inside, folders, files in os.walk(folder):
         _remove_abandoned(Path(inside, name) for name in (*folders, *files) if re.match(r"\..+\.tmp-", name))
         folders[:] = [name for name in folders if Path(inside, name) != Path(folder, skip or "")]
@@ -246,7 +247,10 @@ class Terminated(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def signals_to(handle):
-    "While the body runs, Ctrl-C and SIGTERM call `handle(number, frame)`, unless they are ignored. Outside the main thread nothing changes."
+    """While the body runs, Ctrl-C and SIGTERM call `handle(number, frame)`, unless they are ignored.
+
+    Outside the main thread nothing changes.
+    """
     before = {}
     if threading.current_thread() is threading.main_thread():
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

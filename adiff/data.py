@@ -322,7 +322,10 @@ class Dataset:
         return (rows if category is None else rows[rows.category == category]).reset_index(drop=True)
 
     def fingerprint(self):
-        "16 hex digits over every row and the sizes of its files in bytes; contents are not read. Raises `InputError` for a file that is gone."
+        """16 hex digits over every row and the sizes of its files in bytes; contents are not read.
+
+        Raises `InputError` for a file that is gone.
+        """
         def line(row):
             sizes = [file_size(self.root/file) for file in (row.path, row.mask) if file]
             return repr((row.path, row.category, row.split, int(row.label), row.mask, sizes))
@@ -492,7 +495,8 @@ def _read_table(root, categories, file):
     return _finish(root, root.name, present.to_numpy().tolist(), notes)
 
 # %% ../nbs/10_data.ipynb #b075c2fc
-READERS = Extensible("dataset", {})  # name -> function (root, categories) that returns a `Dataset`, or None for a layout that is not its own
+# name -> function (root, categories) that returns a `Dataset`, or None for a layout that is not its own
+READERS = Extensible("dataset", {})
 
 
 def _read_extension(root, categories):
@@ -502,16 +506,18 @@ def _read_extension(root, categories):
         if found is None:
             continue
         if not isinstance(found, Dataset) or not set(_columns) <= set(found.samples):
-            raise InputError(f"{root}: the installed reader {name!r} returns no Dataset whose samples have the columns {', '.join(_columns)}; "
-                             "repair or uninstall it")
+            raise InputError(f"{root}: the installed reader {name!r} returns no Dataset whose samples have the columns "
+                             f"{', '.join(_columns)}; repair or uninstall it")
         rows = found.samples[found.samples.category.isin(_chosen(categories, found.categories))]
-        return _finish(Path(found.root), found.name, rows[_columns].to_numpy().tolist(), [f"layout read by the installed reader {name}", *found.notes])
+        return _finish(Path(found.root), found.name, rows[_columns].to_numpy().tolist(),
+                       [f"layout read by the installed reader {name}", *found.notes])
 
 
 def read_dataset(root, categories="all", split_table=None):
     """The `Dataset` in folder `root`: MVTec AD layout, VisA, UrbanSound8K, any root with a `split_table` (CSV), a plain folder.
 
-    Before a folder is taken for a plain one, the readers are asked that installed packages offer under `adiff.datasets` (`adiff.extensions`).
+    Before a folder is taken for a plain one, the readers are asked that installed packages offer under `adiff.datasets`
+    (`adiff.extensions`).
     `categories`: "all", names separated by commas, or a list. Absent files, missing masks, skipped folders and held-out
     normals are told in `notes`. Raises `InputError` for an unknown category or a folder that fits no layout.
     """

@@ -14,7 +14,7 @@ from .core import InputError, derive_seed, set_seed
 from .deviation import DeviationCorrection, MaskedForwardProcess, official_patches
 from .discrepancy import DeviationDiscrepancy
 from .pipeline import AnomalyDetector
-from .training import DetectorConfig, checked, make_codec
+from .training import DetectorConfig, make_codec
 from .unet import UNET_SIZES, ClassTokenUNet
 
 # %% ../nbs/30_deco_diff.ipynb #a33b575a

@@ -84,7 +84,8 @@ class Finding:
     def __init__(self, file):
         self.file, self.starts, self.scores = file, [], []
         self.picture = self.image = self.map = None
-        self.row = {"path": str(file), "score": None, "normalized_score": None, "threshold": None, "anomalous": None, "overlay": "", "error": ""}
+        self.row = {"path": str(file), "score": None, "normalized_score": None, "threshold": None, "anomalous": None, "overlay": "",
+                    "error": ""}
 
     def load(self, frame, start):
         "What the `frame` sees of the file from `start` on, or the `InputError` that says why it sees nothing."

@@ -117,7 +117,8 @@ class MaskedForwardProcess(SchedulerMixin, ConfigMixin):
     def sample(self, z0, generator=None):
         """Corrupts clean latents `z0` (N, C, h, w) at random timesteps: a `ForwardSample`. Draws happen on z0's device.
 
-        Only patch sizes are drawn without `generator` on the CPU, since their number decides what is computed: a GPU need not be waited for.
+        Only patch sizes are drawn without `generator` on the CPU, since their number decides what is computed: a GPU need not be waited
+        for.
         """
         draw = dict(generator=generator, device=z0.device)
         n, _, height, width = z0.shape

@@ -119,7 +119,8 @@ def fit(method, data_root, out_dir, preset="cpu", categories="all", seed=0, devi
     out_dir = Path(out_dir)
     record, config, dataset = describe_run(method, data_root, preset, categories, seed, overrides, split_table)
     if Path(os.path.abspath(out_dir)).is_relative_to(dataset.root):
-        raise InputError(f"{out_dir}: lies in the dataset {dataset.root}, so that what a run draws would be data next time; choose another out_dir")
+        raise InputError(f"{out_dir}: lies in the dataset {dataset.root}, so that what a run draws would be data next time; "
+                         "choose another out_dir")
     divisible, launched = METHODS[method].divisible, launched_processes()
     processes = count_processes(processes if divisible or launched else processes or 1, device)
     if processes > 1 and not divisible:
@@ -338,7 +339,8 @@ def _evaluate(run, record, log, detector, dataset, save_maps, batch_size, scratc
         "method": record["method"], "dataset": record["dataset"]["name"], "kind": dataset.kind, "preset": record["preset"],
         "seed": record["seed"], "categories": categories, **summary(categories, notes),
         "train_seconds": float(log.seconds.iloc[-1]), "seconds_per_image": seconds / len(scores),
-        "network_calls": calls / len(scores), "peak_memory_mb": peak_memory_mb(device), "parameters": count_parameters(detector), "notes": notes,
+        "network_calls": calls / len(scores), "peak_memory_mb": peak_memory_mb(device), "parameters": count_parameters(detector),
+        "notes": notes,
     }
     files.check()
     with atomic_path(run / "scores.csv") as path:
@@ -395,7 +397,8 @@ def detect_batches(detector, dataset, rows, batch_size=16, desc="testing"):
 
 
 def detect_rows(detector, dataset, rows, batch_size=16, desc="testing"):
-    """Every map of the discrepancy, a tensor (n, size, size) float32 each, of the files in `rows`, and the seconds it took: for a few files.
+    """Every map of the discrepancy, a tensor (n, size, size) float32 each, of the files in `rows`, and the seconds it took: for a few
+    files.
 
     Of a long sound, the maps of its loudest window.
     """
@@ -426,12 +429,13 @@ def check_space(folder, needed):
     "Raises `InputError` if the disk of `folder` has no room for `needed` bytes."
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise InputError(f"{Path(folder).parent}: evaluation needs {needed / 1e9:.1f} GB for maps, but {free / 1e9:.1f} GB are free on that disk; "
-                         "make room, or move the run folder")
+        raise InputError(f"{Path(folder).parent}: evaluation needs {needed / 1e9:.1f} GB for maps, "
+                         f"but {free / 1e9:.1f} GB are free on that disk; make room, or move the run folder")
 
 
 def store_masks(path, dataset, rows, frame):
-    "The masks of `rows` as a `StoredArray` bool (n, size, size) in the file `path`, all False where unknown; and which are known, bool (n,)."
+    """The masks of `rows` as a `StoredArray` bool (n, size, size) in the file `path`, all False where unknown; and which are known, bool
+    (n,)."""
     path.unlink(missing_ok=True)
     masks, known = StoredArray(path, (frame.size,) * 2, bool), []
     for row in rows.itertuples():

@@ -40,16 +40,18 @@ def _load(kind, point, expected=object):
         raise InputError(f"{who}: cannot be imported ({type(error).__name__}: {' '.join(str(error).split())[:150]}); "
                          "repair or uninstall that package") from None
     if not isinstance(found, expected):
-        raise InputError(f"{who}: {point.value} is no {expected.__name__} but of type {type(found).__name__}; repair or uninstall that package")
+        raise InputError(f"{who}: {point.value} is no {expected.__name__} but of type {type(found).__name__}; "
+                         "repair or uninstall that package")
     return found
 
 # %% ../nbs/04_extensions.ipynb #9fd20b76
 class Extensible(MutableMapping):
-    """Name -> object, for a `kind` of part in `KINDS`: the `shipped` ones (a dict) and those of installed packages, which are `expected` (a type).
+    """Name -> object, for a `kind` of part in `KINDS`: the `shipped` ones (a dict) and those of installed packages, which are `expected` (a
+    type).
 
-    Packages are looked through at the first use of the mapping, and one is imported when its name is asked for. A name that is shipped stays
-    what it is, with a warning in the log. What is set here (`names["mine"] = part`) counts for this process. Raises `InputError`, one line that
-    names the package, for a part that cannot be imported or is not `expected`, and for a name that two packages offer.
+    Packages are looked through at the first use of the mapping, and one is imported when its name is asked for. A name that is shipped
+    stays what it is, with a warning in the log. What is set here (`names["mine"] = part`) counts for this process. Raises `InputError`, one
+    line that names the package, for a part that cannot be imported or is not `expected`, and for a name that two packages offer.
     """
 
     def __init__(self, kind, shipped, expected=Callable):
@@ -71,8 +73,8 @@ class Extensible(MutableMapping):
         part = self._parts[name]
         if isinstance(part, list):
             if len(part) > 1:
-                raise InputError(f"{self.kind} {name!r}: offered by the installed packages {' and '.join(point.dist.name for point in part)}; "
-                                 "uninstall all but one")
+                raise InputError(f"{self.kind} {name!r}: offered by the installed packages "
+                                 f"{' and '.join(point.dist.name for point in part)}; uninstall all but one")
             part = self._parts[name] = _load(self.kind, part[0], self.expected)
         return part
 
@@ -90,7 +92,8 @@ class Extensible(MutableMapping):
 
 # %% ../nbs/04_extensions.ipynb #a5583be9
 def import_extension(module):
-    "Imports the entry points of the installed packages that offer adiff something, of those with the same top level as `module` (dotted name)."
+    """Imports the entry points of the installed packages that offer adiff something, of those with the same top level as `module` (dotted
+    name)."""
     for kind in KINDS:
         for point in offered(kind):
             if point.module.partition(".")[0] == module.partition(".")[0]:
@@ -98,7 +101,10 @@ def import_extension(module):
 
 # %% ../nbs/04_extensions.ipynb #6e14d9f2
 def extension_code(names):
-    "{name: 16 hex digits over the python files of the package that offers it} for those of `names` that installed packages offer. Nothing is imported."
+    """{name: 16 hex digits over the python files of the package that offers it} for those of `names` that installed packages offer.
+
+    Nothing is imported.
+    """
     found = {}
     for point in (point for kind in KINDS for point in offered(kind) if point.name in names):
         spec = find_spec(point.module.partition(".")[0])

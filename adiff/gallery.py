@@ -141,7 +141,8 @@ def _show_block(axis, files, columns, axes, side=144, gap=6):
         axis.text(column * (side + gap) + side / 2, -gap, wrapped(name, 18), ha="center", va="bottom", fontsize=7.5)
     for row, file in enumerate(files):
         title = file["title"] + (f"\n{axes['ylabel']}" if axes else "")
-        axis.annotate(title, (0, row * (side + gap) + side / 2), (-20 if axes else -6, 0), textcoords="offset points", ha="right", va="center",
+        axis.annotate(title, (0, row * (side + gap) + side / 2), (-20 if axes else -6, 0), textcoords="offset points", ha="right",
+                      va="center",
                       rotation=90, multialignment="center", fontsize=7.5, annotation_clip=False)
     if axes:
         _mosaic_ticks(axis, axes, len(files), len(columns), side, gap)
@@ -170,7 +171,8 @@ def _heat_bar(figure, place):
     axis = figure.add_axes(place)
     figure.colorbar(plt.cm.ScalarMappable(cmap=MAP_COLOURS), cax=axis, orientation="horizontal", ticks=[])
     axis.text(-0.02, 0.5, "median", ha="right", va="center", fontsize=7.5, transform=axis.transAxes)
-    axis.text(1.02, 0.5, "99.5 % quantile of the anomaly map, each variant on its own scale", va="center", fontsize=7.5, transform=axis.transAxes)
+    axis.text(1.02, 0.5, "99.5 % quantile of the anomaly map, each variant on its own scale", va="center", fontsize=7.5,
+              transform=axis.transAxes)
 
 # %% ../nbs/44_gallery.ipynb #417541f3
 def sound_strips(files, axes):
@@ -467,7 +469,8 @@ class Evidence:
 
     def scores(self):
         "scores.csv of all runs, with columns variant and seed. Raises `LeftOut` if there is none."
-        tables = [pd.read_csv(Path(leaf.folder) / "scores.csv").query("category == @leaf.category").assign(variant=leaf.variant, seed=leaf.seed)
+        tables = [pd.read_csv(Path(leaf.folder) / "scores.csv").query("category == @leaf.category")
+                  .assign(variant=leaf.variant, seed=leaf.seed)
                   for leaf in self.leaves().astype({"category": str}).itertuples() if (Path(leaf.folder) / "scores.csv").exists()]
         if not tables:
             raise LeftOut("no scores.csv in the run folders")
@@ -481,7 +484,8 @@ class Evidence:
 
 # %% ../nbs/44_gallery.ipynb #8e97752b
 def read_evidence(tidy, summary, published=None):
-    """One `Evidence` per dataset of the tables that `adiff.tables` makes: `collect`, `summarize`, `read_published` (None: nothing known)."""
+    """One `Evidence` per dataset of the tables that `adiff.tables` makes: `collect`, `summarize`, `read_published` (None: nothing
+    known)."""
     settings = tidy.groupby(["dataset", "variant"]).setting.nunique()
     tidy, summary = (_name_settings(frame, set(settings[settings > 1].index)) for frame in (tidy, summary))
     styles = variant_styles(tidy.variant)
@@ -517,7 +521,8 @@ def example_files(evidence, reconstructions=True):
                     "mask": first["mask"][index] if first["known"][index] else None, "pictures": {}, "maps": {}}
             for name in evidence.variants:
                 if name in by_variant:
-                    _add_variant(file, name, by_variant[name], heat[name], first["path"][index], reconstructions and len(evidence.variants) <= 3)
+                    _add_variant(file, name, by_variant[name], heat[name], first["path"][index],
+                                 reconstructions and len(evidence.variants) <= 3)
             files.append(file)
     return files
 
@@ -553,8 +558,8 @@ def draw_qualitative(evidence):
     files = example_files(evidence)
     sounds = evidence.kind == "sound"
     seed = evidence.tidy.seed.iloc[0]
-    caption = (f"{evidence.dataset}: {'spectrograms' if sounds else 'images'} and anomaly maps of {len(evidence.variants)} variants (seed {seed}). The same "
-               "test files for all: the first of each defect type by path, not chosen by result. "
+    caption = (f"{evidence.dataset}: {'spectrograms' if sounds else 'images'} and anomaly maps of {len(evidence.variants)} variants (seed "
+               f"{seed}). The same test files for all: the first of each defect type by path, not chosen by result. "
                + ("" if sounds else "Masks are the ground truth. ") +
                "Colour runs from the median to the 99.5 % quantile of a variant's maps over the example files of a category.")
     return qualitative_grid(files, sound_axes(evidence)), caption
@@ -569,22 +574,24 @@ def draw_sounds(evidence):
     names = set(evidence.variants).intersection(*(file["maps"] for file in files))
     names = [name for name in evidence.variants if name in names]
     files = [{**file, "title": file["title"].replace("\n", ": "), "maps": {name: file["maps"][name] for name in names}} for file in files]
-    caption = (f"{evidence.dataset}: log-mel spectrogram of a test file (above) and, for every variant, the maximum of its anomaly map over "
-               "frequency at every time (below). Of a long sound, the loudest window. Each variant on its own scale, from the median to the "
-               "99.5 % quantile of its maps.")
+    caption = (f"{evidence.dataset}: log-mel spectrogram of a test file (above) and, for every variant, "
+               "the maximum of its anomaly map over "
+               "frequency at every time (below). Of a long sound, the loudest window. Each variant on its own scale, "
+               "from the median to the 99.5 % quantile of its maps.")
     return sound_strips(files, sound_axes(evidence)), caption
 
 
 def draw_ablation(evidence):
     "Every variant against the first."
     _need_variants(evidence)
-    meaning = {"std": f"standard deviation over {evidence.tidy.seed.nunique()} seeds", "interval": "95 % bootstrap interval over test files", "": ""}
+    meaning = {"std": f"standard deviation over {evidence.tidy.seed.nunique()} seeds",
+               "interval": "95 % bootstrap interval over test files", "": ""}
     kind = error_kind(evidence.summary)
     figure = ablation_bars(evidence.summary, evidence.leading, evidence.styles, evidence.kind)
     for axis in figure.axes:
         axis.set_xlabel("percent" + {"std": " (± std over seeds)", "interval": " (95 % interval)", "": ""}[kind], fontsize=8)
-    caption = (f"{evidence.dataset} ({evidence.extent()}): mean over categories and seeds. Bars start at the value of {evidence.variants[0]} (dashed); "
-               f"numbers are the value and its difference to that in percentage points. "
+    caption = (f"{evidence.dataset} ({evidence.extent()}): mean over categories and seeds. Bars start at the value of "
+               f"{evidence.variants[0]} (dashed); numbers are the value and its difference to that in percentage points. "
                + (f"Whiskers: {meaning[kind]}." if kind else "No error bars: one seed, no interval."))
     return figure, caption
 
@@ -605,8 +612,8 @@ def draw_cost(evidence):
     quality = category_means(evidence).groupby("variant", sort=False)[qualities].mean()
     if not len(costs.columns) or costs.isna().all(axis=None):
         raise LeftOut("no cost was measured")
-    caption = (f"{evidence.dataset} ({evidence.extent()}): cost of detection per test file against quality, means over categories and seeds. Up is better, "
-               "left is cheaper. Seconds were measured on the machine of the runs"
+    caption = (f"{evidence.dataset} ({evidence.extent()}): cost of detection per test file against quality, "
+               "means over categories and seeds. Up is better, left is cheaper. Seconds were measured on the machine of the runs"
                + ("; network calls are counted and do not depend on it." if "network_calls" in costs else "."))
     return cost_against_quality(costs.join(quality), qualities, evidence.styles, evidence.kind), caption
 
@@ -629,8 +636,8 @@ def draw_gaps(evidence, metric="image_auroc"):
     wide["mean"] = wide.mean(axis=1, skipna=False)
     gaps = wide.iloc[1:] - wide.iloc[0]
     label = f"{metric_title(metric, evidence.kind)}: difference to {evidence.variants[0]}"
-    caption = (f"{evidence.dataset} ({evidence.extent()}): {metric_title(metric, evidence.kind)} of each variant minus that of {evidence.variants[0]}, in "
-               "percentage points, mean over seeds. Red: above it, blue: below it.")
+    caption = (f"{evidence.dataset} ({evidence.extent()}): {metric_title(metric, evidence.kind)} of each variant minus that of "
+               f"{evidence.variants[0]}, in percentage points, mean over seeds. Red: above it, blue: below it.")
     return gap_heatmap(gaps, label), caption
 
 
@@ -649,9 +656,9 @@ def draw_published(evidence, metric="image_auroc"):
     if gaps.empty:
         raise LeftOut(f"no published {name} for these {len(mine)} categories")
     others = "; other methods with means only stand in the tables" if gaps[mine.index].notna().any(axis=None) else ""
-    caption = (f"{evidence.dataset} ({evidence.extent()}): {name} of {variant} minus the published number of each method in the {setting} setting, in "
-               f"percentage points. Red: ours is higher, blue: ours is lower; n/a: not available{others}. Protocols differ (crop, resolution, class "
-               "label at test); the notes under the tables say how.")
+    caption = (f"{evidence.dataset} ({evidence.extent()}): {name} of {variant} minus the published number of each method in the "
+               f"{setting} setting, in percentage points. Red: ours is higher, blue: ours is lower; n/a: not available{others}. "
+               "Protocols differ (crop, resolution, class label at test); the notes under the tables say how.")
     return gap_heatmap(gaps, f"{name}: {variant} minus published"), caption
 
 
@@ -677,8 +684,8 @@ def draw_roc(evidence):
             curves.setdefault(variant, []).append(roc_curve(own.label, own.score, drop_intermediate=False)[:2])
     if not curves:
         raise LeftOut("no category has normal and anomalous test files")
-    caption = (f"{evidence.dataset} ({evidence.extent()}): ROC curves over test files, averaged vertically over categories and seeds, so that the area under "
-               "a curve is the mean AUROC.")
+    caption = (f"{evidence.dataset} ({evidence.extent()}): ROC curves over test files, averaged vertically over categories and seeds, "
+               "so that the area under a curve is the mean AUROC.")
     return variant_curves({name: mean_curve(own) for name, own in curves.items()}, evidence.styles), caption
 
 
@@ -689,8 +696,8 @@ def draw_pro(evidence):
         curves.setdefault(leaf.variant, []).append(counted_pro_curve(PixelCounts(**arrays)))
     if not curves:
         raise LeftOut("no masks" if "pixel_ap" not in evidence.leading else "no pixels/ in the run folders; evaluate them again")
-    caption = (f"{evidence.dataset} ({evidence.extent()}): per-region overlap against the false positive rate over normal pixels, averaged vertically over "
-               "categories and seeds. AUPRO is the area up to 0.3, divided by 0.3.")
+    caption = (f"{evidence.dataset} ({evidence.extent()}): per-region overlap against the false positive rate over normal pixels, "
+               "averaged vertically over categories and seeds. AUPRO is the area up to 0.3, divided by 0.3.")
     return variant_curves({name: mean_curve(own) for name, own in curves.items()}, evidence.styles, "pro"), caption
 
 
@@ -699,8 +706,10 @@ def draw_histograms(evidence):
     scores = standardise(evidence.scores())
     if scores.standard.isna().all():
         raise LeftOut("no category has two normal test files with different scores")
-    caption = (f"{evidence.dataset} ({evidence.extent()}): scores of normal (grey) and anomalous (coloured) test files, in standard deviations of the "
-               "normal test files of the same category and seed, all categories and seeds together; the outermost bins hold everything beyond.")
+    caption = (f"{evidence.dataset} ({evidence.extent()}): scores of normal (grey) and anomalous (coloured) test files, "
+               "in standard deviations of the "
+               "normal test files of the same category and seed, all categories and seeds together; "
+               "the outermost bins hold everything beyond.")
     return variant_histograms(scores, evidence.styles), caption
 
 # %% ../nbs/44_gallery.ipynb #0791466c

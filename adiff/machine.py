@@ -137,7 +137,8 @@ class MachineSettings:
 
 
 def use_machine(device, deterministic=False):
-    """Sets threads and what happens to freed memory, and on a GPU TF32 products and the choice of convolution kernels; returns the `MachineSettings`.
+    """Sets threads and what happens to freed memory, and on a GPU TF32 products and the choice of convolution kernels; returns the
+    `MachineSettings`.
 
     deterministic: from now on in this process, on a GPU too, the same call gives the same bits; an operation that cannot raises
     `RuntimeError`. The settings are logged, once in a process (and by the first one of several that train together).

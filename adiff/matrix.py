@@ -103,12 +103,14 @@ def read_matrix(path):
         values = YAML(typ="safe", pure=True).load(Path(path).read_text(encoding="utf-8"))
     except RecursionError:
         raise InputError(f"{path}: not valid YAML: nested too deeply") from None
-    except (YAMLError, ValueError, TypeError) as error:  # ValueError: another encoding, a date that does not exist, a number of thousands of digits
+    # ValueError: another encoding, a date that does not exist, a number of thousands of digits
+    except (YAMLError, ValueError, TypeError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}: " if mark else ""
         raise InputError(f"{path}: not valid YAML: {line}{getattr(error, 'problem', None) or error}") from None
     if _written_out(values, {}, path) > _most_values:
-        raise InputError(f"{path}: its aliases (*name) stand for more than {_most_values} values, or for themselves; write out what is meant")
+        raise InputError(f"{path}: its aliases (*name) stand for more than {_most_values} values, or for themselves; "
+                         "write out what is meant")
     if not isinstance(values, dict):
         raise InputError(f"{path}: a matrix is a mapping with the key 'groups'; see nbs/60_matrix.ipynb")
     try:
@@ -316,8 +318,8 @@ def _check_method(path, parameters, kind, where):
 def plan(path, parameters=None, only=None, data=None):
     """The runs of the matrix file `path`: a list of `PlannedRun`, in the order of the file.
 
-    parameters: fixed parameters that replace (mappings: extend) the file's. only: {axis, or "group": labels} to keep. data: {dataset: folder} in
-    place of the file's paths. Everything that can be wrong with them is found here, before anything runs; raises `InputError`.
+    parameters: fixed parameters that replace (mappings: extend) the file's. only: {axis, or "group": labels} to keep. data: {dataset:
+    folder} in place of the file's paths. Everything that can be wrong with them is found here, before anything runs; raises `InputError`.
     """
     path = Path(path)
     matrix = read_matrix(path)

@@ -149,7 +149,8 @@ def _normal_portions(masks, maps, lowest, below):
 
 # %% ../nbs/41_metrics.ipynb #82c70ab8
 class _Corners(NamedTuple):
-    "What m thresholds, the distinct anomalous scores of a range from the highest down, let through; and before them, the last of the range above."
+    """What m thresholds, the distinct anomalous scores of a range from the highest down, let through; and before them, the last of the
+    range above."""
     threshold: np.ndarray    # (m,)
     true: np.ndarray         # (m + 1,) anomalous pixels at or above it
     overlap: np.ndarray      # (m + 1,) the covered share of each region, summed over the regions
@@ -161,7 +162,10 @@ class _Corners(NamedTuple):
 
 
 def _corner_ranges(masks, maps):
-    "Yields the `_Corners` of one range of scores after the other. Raises `InputError` as `pro_curve` says, but not for a missing kind of pixel."
+    """Yields the `_Corners` of one range of scores after the other.
+
+    Raises `InputError` as `pro_curve` says, but not for a missing kind of pixel.
+    """
     below, true, overlap, false = np.inf, [0], [0.0], [0]
     while True:
         thresholds, numbers, shares, totals = _highest_scores(masks, maps, below)

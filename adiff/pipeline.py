@@ -34,8 +34,8 @@ class AnomalyOutput(BaseOutput):
     """Detections for N images or sounds, as numpy arrays in the order of the input.
 
     scores: (N,) from each map by `map_scores`, larger = more anomalous.
-    maps: (N, size, size), float32 unless asked otherwise, larger = more anomalous. Their range is the discrepancy's: [0, 1] for DeCo-Diff, standard
-        deviations of held-out normals for ADiff. Of a long sound, the map of the window with the highest score.
+    maps: (N, size, size), float32 unless asked otherwise, larger = more anomalous. Their range is the discrepancy's: [0, 1] for DeCo-Diff,
+        standard deviations of held-out normals for ADiff. Of a long sound, the map of the window with the highest score.
     reconstructions: (N, H, W, channels) in [0, 1], what it would look like if it were normal; None without a decoder.
     discrepancies: name -> (N, size, size), each map before combination.
     normalized_scores: (N,) scores in standard deviations above the mean of held-out normals; None if not calibrated.
@@ -111,7 +111,8 @@ class AnomalyDetector(DiffusionPipeline):
         if isinstance(protocol, str) and protocol not in PROTOCOLS:
             raise unknown_name("protocol", protocol, PROTOCOLS)
         known = {"threshold", "mean", "std"}
-        if calibration is not None and not (isinstance(calibration, dict) and all(known <= dict(one).keys() for one in calibration.values())):
+        if calibration is not None and not (isinstance(calibration, dict)
+                                            and all(known <= dict(one).keys() for one in calibration.values())):
             raise InputError(f"calibration: must hold {', '.join(sorted(known))} of every category, or be None")
         self.register_to_config(categories=list(categories), image_size=image_size, protocol=protocol, top_share=top_share,
                                 calibration=calibration, mixed_precision=mixed_precision)
@@ -301,7 +302,8 @@ class AnomalyDetector(DiffusionPipeline):
 
         Pictures are framed by the detector's protocol; tensors (channels, H, W) or (N, channels, H, W) are taken as framed
         already. `category` is one name for all or a list; a detector of one category needs none. `map_dtype` torch.float16
-        halves the maps on their way from a GPU and in memory; scores are taken before that. Returns `AnomalyOutput`. Raises `InputError` for unreadable files, an unknown category or a missing one.
+        halves the maps on their way from a GPU and in memory; scores are taken before that. Returns `AnomalyOutput`. Raises `InputError`
+        for unreadable files, an unknown category or a missing one.
         """
         frames, rows = self.frames(sources)
         labels = self.class_labels(category, int(rows[-1]) + 1)
@@ -372,7 +374,7 @@ print(found.scores, found.is_anomalous)
 ## Licence
 
 The licence of the training data is not known to adiff, and none is stated for these weights: whoever uploads them should state one.
-"""
+"""  # noqa: E501  a line here is a line of the card
 
 
 def model_card(detector, name, run=None):

@@ -8,7 +8,7 @@ __all__ = ['SemanticDiscrepancy']
 # %% ../nbs/43_semantic.ipynb #0654d9d9
 import torch
 import torch.nn.functional as F
-from diffusers import ModelMixin  # unused here, but pipelines look in a part's own module for the class that loads it
+from diffusers import ModelMixin  # noqa: F401  unused here, but pipelines look in a part's own module for the class that loads it
 from diffusers.configuration_utils import register_to_config
 
 from .core import InputError, unknown_name

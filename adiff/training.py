@@ -135,7 +135,8 @@ class WatchedFiles:
 
     def __init__(self, dataset, rows, advice):
         self.root, self.advice = dataset.root, advice
-        self.before = {path: self._look(path) for path in (os.path.join(dataset.root, file) for file in (*rows.path, *rows["mask"]) if file)}
+        self.before = {path: self._look(path)
+                       for path in (os.path.join(dataset.root, file) for file in (*rows.path, *rows["mask"]) if file)}
 
     def __enter__(self):
         return self
@@ -148,8 +149,8 @@ class WatchedFiles:
         "Raises `InputError`, which counts all that are missing or have changed, if one of `some` paths, or of all, is or has."
         if any(self._look(path) != self.before[path] for path in some or self.before):
             changed = [path for path, before in self.before.items() if self._look(path) != before]
-            raise InputError(f"{self.root}: {len(changed)} of {len(self.before)} files are missing or have changed since the start, the first "
-                             f"{os.path.relpath(changed[0], self.root)}; {self.advice}")
+            raise InputError(f"{self.root}: {len(changed)} of {len(self.before)} files are missing or have changed since the "
+                             f"start, the first {os.path.relpath(changed[0], self.root)}; {self.advice}")
 
     def _look(self, path):
         "Size and time of change of a file; None if it is missing."
@@ -325,7 +326,8 @@ def batch_indices(batch, count, batch_size, seed):
 
 
 def data_position(batch, count, batch_size, seed):
-    "Where the data stands before batch number `batch`: a dict of seed, epoch, position (batches of that epoch) and how many images there are."
+    """Where the data stands before batch number `batch`: a dict of seed, epoch, position (batches of that epoch) and how many images there
+    are."""
     epoch, position = divmod(batch, math.ceil(count / batch_size))
     return {"seed": seed, "epoch": epoch, "position": position, "images": count}
 
@@ -378,7 +380,10 @@ CHECKPOINT_PARTS = {"step", "settings", "log", "network", "ema", "optimizer", "s
 
 
 def save_checkpoint(folder, step, **parts):
-    "Writes the checkpoint `folder`/step_STEP.pt, whose parts are `CHECKPOINT_PARTS`, and keeps the two newest. Raises `OSError` if the disk is full."
+    """Writes the checkpoint `folder`/step_STEP.pt, whose parts are `CHECKPOINT_PARTS`, and keeps the two newest.
+
+    Raises `OSError` if the disk is full.
+    """
     with atomic_path(Path(folder) / f"step_{step:08d}.pt") as path:
         with open(path, "wb") as file:  # given a path, torch would not say why it cannot write
             torch.save({"step": step, **parts}, file)
@@ -478,7 +483,8 @@ def train(detector, dataset, config, out_dir=None, resume=False, device=None):
 def watched_normals(dataset):
     "The `WatchedFiles` that a training reads."
     rows = dataset.samples[dataset.samples.split != "test"]
-    return WatchedFiles(dataset, rows, "put them back as they were and go on with --resume (in Python resume=True); what checkpoints there are stay")
+    return WatchedFiles(dataset, rows,
+                        "put them back as they were and go on with --resume (in Python resume=True); what checkpoints there are stay")
 
 
 @torch.no_grad()
@@ -498,7 +504,8 @@ def write_log(out_dir, log):
 def train_network(accelerator, detector, dataset, config, out_dir, resume, files):
     "The part of `train` that makes optimiser updates; returns the log."
     folders = {name: out_dir and Path(out_dir) / ".latents" / f"{name}_{accelerator.process_index}" for name in ("train", "validation")}
-    latents = TrainingLatents(detector, dataset, dataset.select("train"), config.augmentations, config.cache_latents, folders["train"], files)
+    latents = TrainingLatents(detector, dataset, dataset.select("train"), config.augmentations, config.cache_latents, folders["train"],
+                              files)
     held_out = dataset.select("validation")
     held_out = held_out.iloc[sample_of(len(held_out))]
     validation = None if held_out.empty else TrainingLatents(detector, dataset, held_out, folder=folders["validation"], files=files)
@@ -602,7 +609,7 @@ def train_network(accelerator, detector, dataset, config, out_dir, resume, files
                 ema.step(parameters)
             log.append({"step": step + 1, "loss": None, "lr": rate, "seconds": round(time.monotonic() - began, 3)})
             pending.append((log[-1], total))
-            now_and_then = lambda every: (step + 1) % every == 0 or step + 1 == updates
+            now_and_then = lambda every, step=step: (step + 1) % every == 0 or step + 1 == updates
             if now_and_then(10) or now_and_then(config.checkpoint_every):
                 settle()
                 bar.set_postfix(loss=f"{sum(line['loss'] for line in log[-20:]) / len(log[-20:]):.4f}", refresh=False)
@@ -615,7 +622,8 @@ def train_network(accelerator, detector, dataset, config, out_dir, resume, files
                 if not now_and_then(config.checkpoint_every):
                     save(step + 1)
                 bar.close()
-                interrupt(number, message=f"stopped after update {step + 1} of {updates}" + ", a checkpoint is written" * (out_dir is not None))
+                interrupt(number,
+                          message=f"stopped after update {step + 1} of {updates}" + ", a checkpoint is written" * (out_dir is not None))
     bar.close()
     if ema:
         ema.copy_to(parameters)

@@ -1,4 +1,4 @@
-"""The corpus of tests/bad_inputs.py, every entry on the command line, in python and in the notebooks: handled or refused, never anything else."""
+"""The corpus of tests/bad_inputs.py, every entry on the command line, in python and in the notebooks: handled or refused, nothing else."""
 import contextlib
 import faulthandler
 import io
@@ -57,7 +57,8 @@ def no_hang_and_no_bomb():
 def contents(*folders):
     "Every file below the folders: what it is, where it is on the disk, and when it was written. A file that is replaced is another one."
     found = {path: path.lstat() for folder in folders for path in folder.rglob("*")}
-    return {path: (state.st_mode, state.st_ino, state.st_size, state.st_mtime_ns) for path, state in found.items() if not stat.S_ISDIR(state.st_mode)}
+    return {path: (state.st_mode, state.st_ino, state.st_size, state.st_mtime_ns) for path,
+            state in found.items() if not stat.S_ISDIR(state.st_mode)}
 
 
 @contextlib.contextmanager
@@ -190,11 +191,14 @@ def test_papermill_says_the_same(used, repository, tmp_path, name):
         said(entry, error.value.evalue)
 
 
-@pytest.mark.parametrize("name", ["Pictures: pipe named .png", "Pictures: PNG of 60000 x 60000 declared pixels", "Matrices: aliases of aliases",
-                                  "Official checkpoints: pickle that runs a command", "Models, codecs, checkpoints: a pipeline with code in the folder"])
+@pytest.mark.parametrize("name",
+                         ["Pictures: pipe named .png", "Pictures: PNG of 60000 x 60000 declared pixels", "Matrices: aliases of aliases",
+                                  "Official checkpoints: pickle that runs a command",
+                                  "Models, codecs, checkpoints: a pipeline with code in the folder"])
 def test_real_process(used, name):
     with used(name) as (entry, use):
-        result = subprocess.run([Path(sys.executable).with_name("adiff"), *map(str, use.command)], capture_output=True, text=True, timeout=SECONDS)
+        result = subprocess.run([Path(sys.executable).with_name("adiff"), *map(str, use.command)], capture_output=True, text=True,
+                                timeout=SECONDS)
         lines = [line for line in result.stderr.splitlines() if line.startswith("adiff: ")]
         assert result.returncode == 2 and len(lines) == 1 and "Traceback" not in result.stderr, result.stderr
         said(entry, lines[0])
