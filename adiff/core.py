@@ -345,12 +345,13 @@ def versions():
 def progress(iterable=None, **options):
     """A tqdm bar with time left, on standard error: redrawn twice a second where somebody watches, else (a log) a line every 10 seconds.
 
-    Where several processes do the same side by side (`adiff.distributed`), only the first shows its bars.
+    Where several processes do the same side by side (`adiff.distributed`), only the first shows its bars; none where the
+    environment variable `ADIFF_QUIET` is set, as `--quiet` does for all processes that a command starts.
     """
     watched = sys.stderr.isatty() or "JPY_SESSION_NAME" in os.environ  # a terminal, or a notebook that is open in Jupyter
     seconds, file = (0.5, sys.stderr) if watched else (10, _Lines(sys.stderr))
     return _Bar(iterable, mininterval=seconds, maxinterval=max(seconds, 10), file=file, dynamic_ncols=watched,
-                disable=os.environ.get("RANK", "0") != "0", **options)
+                disable=os.environ.get("RANK", "0") != "0" or "ADIFF_QUIET" in os.environ, **options)
 
 
 class _Bar(tqdm):

@@ -131,7 +131,10 @@ def detect_files(model, paths, out_dir, category=None, batch_size=16, device="au
     detector = AnomalyDetector.from_pretrained(model).to(device)
     label = detector.class_labels(category, 1)
     category, frame = detector.config.categories[int(label)], detector.frame
-    files = expand_paths(paths, frame.kind)
+    own = os.path.join(os.path.abspath(out_dir), "overlays", "")
+    files = [file for file in expand_paths(paths, frame.kind) if not os.path.abspath(file).startswith(own)]  # of an earlier detection
+    if not files:
+        raise InputError(f"{own}: holds what detection has drawn, and there is nothing else to detect in; name other files")
     root = Path(os.path.commonpath([file.absolute().parent for file in files]))
     rows, windows, out_dir = [], [], Path(out_dir)
     bar = progress(total=len(files), desc="detecting", unit=frame.kind)

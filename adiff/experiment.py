@@ -157,6 +157,9 @@ def _fit_here(record, config, dataset, out_dir, device, resume, processes):
     state.wait_for_everyone()  # all have looked at what there was before anyone writes
     machine = use_machine(device, config.deterministic)
     frame = make_frame(config, dataset)
+    held_out = dataset.select("validation")
+    for _ in Frames(dataset, held_out.iloc[sample_of(len(held_out))], frame).batches():
+        pass  # one that is broken should not be found when training is over
     detector = METHODS[record["method"]].build(config, dataset.categories, frame).to(device)
     if config.latent_scale == "measured":
         normals = dataset.select("train")

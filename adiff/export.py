@@ -53,7 +53,8 @@ def check_frames(detector, sources=None):
         photograph = skimage.data.coffee()
         sources = [photograph, photograph[::-1].copy(), photograph[:, ::-1].copy()]
     elif sources is None:
-        sweep = 0.5 * chirp(np.arange(4 * 16000) / 16000, 50, 4, 5000, method="logarithmic").astype(np.float32)
+        seconds = detector.frame.seconds
+        sweep = 0.5 * chirp(np.arange(round(16000 * seconds)) / 16000, 50, seconds, 5000, method="logarithmic").astype(np.float32)
         sources = [(sweep, 16000), (sweep[::-1].copy(), 16000), (sweep / 10, 16000)]
     frames = detector.frames(sources)[0]
     return frames if len(frames) > 1 else frames.repeat(2, 1, 1, 1)
@@ -89,7 +90,7 @@ def trace(detector, frames):
                 program = torch.export.export(graph, (frames, labels), dynamic_shapes=(batch, batch), strict=False)
                 if any(node.users for node in program.graph.find_nodes(op="placeholder") if node.name == "class_labels"):
                     return program
-            return torch.export.export(graph, (frames,), dynamic_shapes=(batch, None), strict=False)
+            return torch.export.export(graph, (frames,), dynamic_shapes=(batch,), strict=False)
     except Exception as error:  # tracers fail in many ways
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
         raise InputError(f"export: a detector with {type(detector.discrepancy).__name__} cannot be written as a graph ({reason}); "

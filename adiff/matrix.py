@@ -109,8 +109,7 @@ def read_matrix(path):
         line = f"line {mark.line + 1}: " if mark else ""
         raise InputError(f"{path}: not valid YAML: {line}{getattr(error, 'problem', None) or error}") from None
     if _written_out(values, {}, path) > _most_values:
-        raise InputError(f"{path}: its aliases (*name) stand for more than {_most_values} values, or for themselves; "
-                         "write out what is meant")
+        raise InputError(f"{path}: more than {_most_values} values once its aliases (*name) are written out; a matrix is a short file")
     if not isinstance(values, dict):
         raise InputError(f"{path}: a matrix is a mapping with the key 'groups'; see nbs/60_matrix.ipynb")
     try:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.utils import BaseOutput, logging
-from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
+from huggingface_hub import ModelCard, ModelCardData, create_repo, snapshot_download, upload_folder
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
 from .audio import LogMel
@@ -174,8 +174,10 @@ class AnomalyDetector(DiffusionPipeline):
     @classmethod
     def _from_hub(cls, name, **options):
         "Downloads a detector's files; an `InputError` says where was looked."
-        try:
-            return cls.download(name, use_safetensors=True, **options)
+        where = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+        try:  # not diffusers' own download, which takes the list of categories for a part
+            return snapshot_download(name, allow_patterns=["*.json", "*.safetensors"],
+                                     **{key: value for key, value in options.items() if key in where})
         except (OSError, ValueError, RuntimeError) as error:
             raise InputError(f"{name}: neither a folder nor a model on the hub ({type(error).__name__})") from None
 
@@ -385,6 +387,8 @@ def model_card(detector, name, run=None):
     """
     run = Path(run or Path(detector.name_or_path or "").resolve().parent)
     known, metrics = (read_json(run / file) if (run / file).is_file() else {} for file in ("config.json", "metrics.json"))
+    if not {"method", "preset", "seed", "dataset"} <= known.keys():  # some other folder
+        known = metrics = {}
     kind = detector.frame.kind
     data = ModelCardData(library_name="adiff", tags=["anomaly-detection", kind, *([known["method"]] if known else [])])
     return str(ModelCard.from_template(

@@ -101,7 +101,7 @@ def fit_use(root, out, overrides=None, options=(), categories="all", seed=0, dev
 
 def earlier_detections(out):
     "What an earlier, good detection left in `out`."
-    (out / "overlays").mkdir(parents=True)
+    (out / "overlays").mkdir(parents=True, exist_ok=True)
     (out / "scores.csv").write_text("path,score\nearlier.png,0.5\n")
     (out / "overlays/earlier.png_overlay.png").write_bytes(png())
     return out
@@ -194,7 +194,7 @@ def table(content):
     "A split table, where VisA has it, so that the notebooks find it by the root alone."
     def use(kit, folder):
         root = folder / "data"
-        for number in range(4):
+        for number in range(5):
             place(root, f"pictures/{number}.png", png(seed=number))
         place(root, "outside.png", png())
         place(root, "split_csv/1cls.csv", content)
@@ -366,6 +366,11 @@ def same_as(content):
     return lambda found: np.array_equal(np.asarray(found), np.asarray(Image.open(io.BytesIO(content)).convert("RGB")))
 
 
+ODD_NAMES = {"with a line break": "a\nb.png", "with spaces": " a b .png", "in Unicode": "Prüfung 検査 🔍.png",
+             "with HTML": "<img src=x onerror=alert(1)>.png",
+             "that begins with a dash": "-rf.png", "that is a formula": "=cmd|' 'C'!A0.png",
+             "with shell commands": "$(touch executed);`touch executed`.png"}
+
 IMAGES = [
     refused("truncated PNG", image(half(png())), "half a picture is none", "x.png", "cannot be read as an image"),
     refused("truncated JPEG", image(half(png(form="JPEG", quality=100)), "x.jpg"), "half a picture is none", "x.jpg",
@@ -416,11 +421,7 @@ IMAGES = [
     handled("animated PNG", image(several("PNG", default_image=False)), "the first frame counts", same_as(png())),
     handled("animated GIF named .png", image(several("GIF")), "the content decides, the first frame counts", is_picture()),
     handled("turned by EXIF", image(turned(), "x.jpg"), "shown upright", is_picture(30, 40)),
-    *(handled(f"name {title}", image(png(), name), "a name like any other", is_picture()) for title, name in {
-        "with a line break": "a\nb.png", "with spaces": " a b .png", "in Unicode": "Prüfung 検査 🔍.png",
-        "with HTML": "<img src=x onerror=alert(1)>.png",
-        "that begins with a dash": "-rf.png", "that is a formula": "=cmd|' 'C'!A0.png",
-        "with shell commands": "$(touch executed);`touch executed`.png"}.items()),
+    *(handled(f"name {title}", image(png(), name), "a name like any other", is_picture()) for title, name in ODD_NAMES.items()),
 ]
 
 # ---- masks
@@ -540,6 +541,7 @@ SOUNDS = [
 
 HEAD = "object,split,label,image,mask"
 ROWS = [f"thing,train,normal,pictures/{number}.png," for number in range(4)]
+WHOLE = [*ROWS, "thing,test,normal,pictures/4.png,"]
 
 
 def rows(*lines, head=HEAD, encoding="utf-8"):
@@ -582,14 +584,15 @@ TABLES = [
             "row 6",
             "outside the test split"),
     refused("none of its files is there", table(rows("thing,train,normal,gone.png,")), "nothing to train on", "holds no image of thing"),
-    handled("with a byte-order mark", table(rows(*ROWS, encoding="utf-8-sig")), "the mark is no part of the first name",
+    handled("with a byte-order mark", table(rows(*WHOLE, encoding="utf-8-sig")), "the mark is no part of the first name",
             detector_of("thing")),
-    handled("Windows line ends and quotes", table(rows(*ROWS, '"thing","train","normal","outside.png",""').replace(b"\n", b"\r\n")),
+    handled("Windows line ends and quotes", table(rows(*WHOLE, '"thing","train","normal","outside.png",""').replace(b"\n", b"\r\n")),
             "a table like any other",
             detector_of("thing")),
-    handled("category that is a formula", table(rows(*(row.replace("thing", "=1+1") for row in ROWS))), "text, in python as in our files",
+    handled("category that is a formula", table(rows(*(row.replace("thing", "=1+1") for row in WHOLE))), "text, in python as in our files",
             detector_of("=1+1")),
-    handled("rows without a file", table(rows(*ROWS, "thing,train,normal,gone.png,")), "left out, counted in a note", detector_of("thing")),
+    handled("rows without a file", table(rows(*WHOLE, "thing,train,normal,gone.png,")), "left out, counted in a note",
+            detector_of("thing")),
     refused("UrbanSound8K: fold 11", urban(rows("0.wav,1,0,1,1,11,3,dog_bark", head=URBAN_HEAD)), "there are ten", "row 2", "fold '11'"),
     refused("UrbanSound8K: a time that is no number", urban(rows("0.wav,1,zero,1,1,1,3,dog_bark", head=URBAN_HEAD)), "no length", "row 2",
             "does not end"),
@@ -711,6 +714,14 @@ PARAMETERS += [
     handled("a folder named x.png with a picture in it", detect_use(source=lambda kit, folder: place(folder, "x.png/a.png", png()).parent),
             "searched through",
             lambda found: len(found) == 1 and not found.error.any()),
+    handled("detections into the folder of the pictures, a second time",
+            detect_use(source=lambda kit, folder: earlier_detections(place(folder, "p/a.png", png()).parent),
+                                                                                    out_dir=lambda folder: folder / "p"),
+                                                                                    "our own overlays are not looked at",
+            lambda found: len(found) == 1 and not found.error.any()),
+    refused("detection in our own overlays",
+            detect_use(source=lambda kit, folder: earlier_detections(folder / "out") / "overlays", out_dir=lambda folder: folder / "out"),
+            "they are not pictures of anything", "overlays", "nothing else"),
     handled("a folder with a link to itself", detect_use(source=lambda kit, folder: linked(folder)), "links to folders are not followed",
             lambda found: len(found) == 1 and not found.error.any()),
 ]

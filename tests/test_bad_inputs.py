@@ -11,17 +11,24 @@ import subprocess
 import sys
 from pathlib import Path
 
+import IPython.display  # noqa: F401  the notebooks need it, also where they run as somebody who may read nothing
+import pandas as pd
 import papermill
 import pytest
-from bad_inputs import CORPUS, ENTRIES, TINY, TINY_SOUNDS, TOY, Kit, common, corpus_table
+from bad_inputs import CORPUS, ENTRIES, ODD_NAMES, TINY, TINY_SOUNDS, TOY, Kit, common, corpus_table, png
+from bs4 import BeautifulSoup
 from click.testing import CliRunner
 
-from adiff import experiment
+from adiff import experiment, site
 from adiff.cli import main
-from adiff.core import InputError
+from adiff.core import InputError, write_json
 from adiff.demo_data import make_demo_data
 from adiff.demo_sounds import make_demo_sounds
+from adiff.detection import detect_files
+from adiff.engines import SbatchEngine
 from adiff.experiment import evaluate, fit
+from adiff.report import write_report
+from adiff.tables import write_tables
 
 SECONDS = 240  # after which an input counts as one that hangs, also on a busy machine: what waits is printed, and the process ends
 MEGABYTES = 700  # that an input may add to what was in memory before
@@ -33,7 +40,9 @@ def kit(tmp_path_factory, one_thread):
     images = make_demo_data(folder / "images", categories=("brick",), train=4, good=2, per_defect=1)
     sounds = make_demo_sounds(folder / "sounds", train=4, good=2, per_fault=1)
     fit("deco", images, folder / "run", device="cpu", overrides=TINY)
-    evaluate(folder / "run", device="cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "draw_figures", lambda *_: None)
+        evaluate(folder / "run", device="cpu")
     fit("adiff", sounds, folder / "sound_run", device="cpu", overrides=TINY_SOUNDS)
     return Kit(images, sounds, folder / "run", folder / "sound_run")
 
@@ -202,6 +211,68 @@ def test_real_process(used, name):
         lines = [line for line in result.stderr.splitlines() if line.startswith("adiff: ")]
         assert result.returncode == 2 and len(lines) == 1 and "Traceback" not in result.stderr, result.stderr
         said(entry, lines[0])
+
+
+# ---- names go nowhere but into text
+
+HTML = "<img src=x onerror=alert(1)><script>alert(1)"
+
+
+def test_odd_names_come_back_from_tables(kit, tmp_path):
+    for name in ODD_NAMES.values():
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        (tmp_path / "photos" / name).write_bytes(png())
+    detect_files(kit.run / "model", [tmp_path / "photos"], tmp_path / "out", device="cpu")
+    table = pd.read_csv(tmp_path / "out/scores.csv")
+    assert set(table.path) == {str(tmp_path / "photos" / name) for name in ODD_NAMES.values()}
+    assert all((tmp_path / "out" / overlay).is_file() for overlay in table.overlay)
+
+
+def check_page(path):
+    "Raises if the page holds anything that names could have brought in: a script that is not ours, a handler, a picture from elsewhere."
+    soup = BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
+    assert all(str(script.string) == site._script for script in soup.find_all("script"))
+    assert not [tag for tag in soup.find_all(True) if any(name.startswith("on") for name in tag.attrs)]
+    assert not soup.find_all(["iframe", "object", "embed", "base"]) and all("/" in tag["src"] for tag in soup.find_all("img"))
+    assert "alert(1)" in soup.get_text()
+
+
+def test_names_are_text_in_every_page(kit, tmp_path):
+    "A category, a dataset, a label, an axis: each is a name that would be a script."
+    out = tmp_path / "out"
+    run, data = out / "runs/x", tmp_path / f"data {HTML}"
+    shutil.copytree(kit.images / "brick", data / HTML)
+    fit("deco", data, run, device="cpu", overrides=TINY)
+    evaluate(run, device="cpu")
+    (run / "figures").mkdir()
+    (run / f"figures/cases_{HTML}.png").write_bytes(png())
+    check_page(write_report(run))
+    write_json(out / "matrix.json", {"matrix": HTML, "description": HTML, "command": HTML, "runs": [
+        {"label": HTML, "folder": "runs/x", "identity": "x", "group": HTML, "axes": {HTML: HTML}}]})
+    write_json(run / "run.json",
+               {"label": HTML, "group": HTML, "axes": {HTML: HTML}, "matrix": HTML, "identity": "x", "parameters": {HTML: HTML}})
+    write_json(run / "done.json", {"identity": "x", "seconds": 1.0, "finished": ""})
+    pages = [path for path in write_tables([out], out / "tables") if path.suffix == ".html"]
+    site.write_site(out)
+    pages += (out / "site").rglob("*.html")
+    assert len(pages) == 3
+    for path in pages:
+        check_page(path)
+
+
+def test_no_name_reaches_a_shell(tmp_path, monkeypatch):
+    "A fake sbatch runs the script as Slurm would, with bash."
+    fake = tmp_path / "bin/sbatch"
+    fake.parent.mkdir()
+    fake.write_text("#!/bin/bash\nSLURM_ARRAY_TASK_ID=0 bash \"$1\" 2> task.txt\necho Submitted batch job 7\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{fake.parent}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    evil = "it's $(touch executed) `touch executed`; touch executed & \"x\" #"
+    engine = SbatchEngine(tmp_path / evil, device=evil, comment=evil, partition="a b'c")
+    engine.submit([tmp_path / evil / "runs" / evil])
+    assert (tmp_path / "task.txt").read_text() == f"adiff: {tmp_path / evil / 'runs' / evil}: no run.json here, so there is nothing to run; adiff reproduce writes it\n"
+    assert not list(tmp_path.rglob("executed"))
 
 
 def test_the_page_is_the_corpus(repository):

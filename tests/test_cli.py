@@ -18,8 +18,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from adiff import AnomalyDetector
-from adiff.cli import main
+from adiff.cli import _methods, _presets, main
 from adiff.demo_data import make_demo_data
+from adiff.experiment import METHODS
 
 TINY = {"image_size": 32, "wavelet_levels": 2, "length": 12, "batch_size": 4, "checkpoint_every": 4, "augmentations": []}
 
@@ -136,6 +137,17 @@ def test_quiet_and_json(data, run, tmp_path):
     assert {row["metric"] for row in json.loads(loud.stdout)} >= {"image_auroc", "pixel_ap"}
     assert json.loads(adiff_here("evaluate", run, "--device", "cpu", "--json").stdout) == json.loads((run / "metrics.json").read_text())
     refused(adiff_here("evaluate", tmp_path / "nowhere", "--json", "--quiet"), "nowhere")
+
+
+def test_shells_complete_names(data):
+    assert set(_methods) == {*METHODS} and set(_presets) == {name for method in METHODS.values() for name in method.presets}
+    def completed(words, position):
+        return adiff(env={**os.environ, "_ADIFF_COMPLETE": "bash_complete", "COMP_WORDS": words,
+                          "COMP_CWORD": str(position)}).stdout.split()
+
+    assert completed("adiff det", 1) == ["plain,detect"]
+    assert completed("adiff fit deco --preset cpu-", 4) == ["plain,cpu-taef2"]
+    assert completed("adiff reproduce ablation_", 2) == ["plain,ablation_adiff", "plain,ablation_deco"]
 
 
 def test_a_plain_folder_is_enough(data, tmp_path):

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from adiff.doctor import Finding, _checks, _disk, _gpus, examine, findings_json, findings_text, works
+from adiff.doctor import Finding, _checks, _disk, _gpus, examine, findings_record, findings_text, works
 
 REPORT = """
+import json
 import sys
 from adiff import doctor
 for name in sys.argv[2:]: del doctor._checks[name]
-print(doctor.findings_json(doctor.examine(sys.argv[1])))
+print(json.dumps(doctor.findings_record(doctor.examine(sys.argv[1]))))
 """
 
 
@@ -118,5 +119,5 @@ def test_text_and_json_say_the_same():
     text = findings_text(findings)
     assert not works(findings) and works(findings[:2])
     assert "cannot work" in text and "1 error" in text and "means: no runs" in text and "to do: make room" in text
-    assert "can work" in findings_text(findings[:2]) and json.loads(findings_json(findings[:2]))["works"]
-    assert [one["what"] for one in json.loads(findings_json(findings))["findings"]] == ["torch", "GPU", "disk"]
+    assert "can work" in findings_text(findings[:2]) and findings_record(findings[:2])["works"]
+    assert [one["what"] for one in findings_record(findings)["findings"]] == ["torch", "GPU", "disk"]
