@@ -448,6 +448,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'adiff.discrepancy.DeviationDiscrepancy.pretrained': ( 'discrepancy.html#deviationdiscrepancy.pretrained',
                                                                                           'adiff/discrepancy.py'),
                                    'adiff.discrepancy.Discrepancy': ('discrepancy.html#discrepancy', 'adiff/discrepancy.py'),
+                                   'adiff.discrepancy.Discrepancy.compares_images': ( 'discrepancy.html#discrepancy.compares_images',
+                                                                                      'adiff/discrepancy.py'),
                                    'adiff.discrepancy.Discrepancy.comparisons': ( 'discrepancy.html#discrepancy.comparisons',
                                                                                   'adiff/discrepancy.py'),
                                    'adiff.discrepancy.Discrepancy.fit': ('discrepancy.html#discrepancy.fit', 'adiff/discrepancy.py'),

@@ -23,7 +23,7 @@ class ADiffConfig(DetectorConfig):
     "All keys of ADiff. The paper's own values are not known; the defaults are the preset `paper`, our reading of it."
 
     image_size: int | None = Field(256, ge=16, le=4096, description="side of the square images the codec sees; null: 16 x 16 latent cells")
-    unet: Literal[tuple(MULTISCALE_SIZES)] = "M"
+    unet: Literal[tuple(MULTISCALE_SIZES)] = "M"  # type: ignore[valid-type] # the sizes are named where they are defined
     channel_multipliers: list[int] = Field([1, 2, 4], min_length=1, description="width of each resolution; one entry: a single scale")
     attention_levels: list[int] = Field([1, 2], description="resolutions with self-attention, 0 the finest; []: none")
     wavelet_sampling: bool = Field(True, description="wavelet down- and up-sampling inside the network")

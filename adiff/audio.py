@@ -63,7 +63,7 @@ def load_torchaudio():
             if not _lacks_cuda(error):
                 raise
         stub = types.ModuleType("torchaudio._extension")
-        stub._IS_TORCHAUDIO_EXT_AVAILABLE, stub.fail_if_no_align = False, _needs_extension
+        vars(stub).update(_IS_TORCHAUDIO_EXT_AVAILABLE=False, fail_if_no_align=_needs_extension)
         sys.modules[stub.__name__] = stub
         torchaudio = importlib.import_module("torchaudio")
         _log.info("torch has no CUDA here: torchaudio is used without its compiled extension")

@@ -20,11 +20,14 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -97,7 +100,7 @@ def plain_maps(z, corrected, reference, reconstruction, size, pixel_cap=0.4, lat
 
     z, corrected: (N, C, h, w); reference, reconstruction: (N, 3 or 1, H, W); tensors. Caps and sigmas as in `DeviationDiscrepancy`.
     """
-    maps = {"pixel": [], "latent": [], "anomaly": []}
+    maps: dict[str, list] = {"pixel": [], "latent": [], "anomaly": []}
     for one in zip(z, corrected, reference, reconstruction):
         before, after, image, repaired = (tensor.cpu().numpy() for tensor in one)
         pixel = np.minimum(np.abs(repaired - image).max(0) / pixel_cap, 1)
@@ -175,7 +178,7 @@ class OfficialCode:
     "The official DeCo-Diff implementation: constructors of its networks by name, and its process of 10 steps, of which 5 are visited."
 
     networks: dict
-    diffusion: object
+    diffusion: Any
 
     def network(self, size):
         "Its untrained network of a size such as \"XS\" for latents (N, 4, 32, 32) and 15 classes; None if it has none of that size."
@@ -374,7 +377,7 @@ def contestants(size, codec="wavelet", device="cpu", official=None, only=None):
         network = convert_official_unet({name: value.float() for name, value in fill_zeros(theirs).state_dict().items()})
     image_size, network = CODECS[codec][0], network.to(device).eval()
     plain_codec = make_codec(codec).to(device)
-    makers = {"ours": lambda: Ours(deepcopy(network), deepcopy(plain_codec), image_size),
+    makers: dict[str, Callable] = {"ours": lambda: Ours(deepcopy(network), deepcopy(plain_codec), image_size),
               "plain": lambda: Plain(PlainUNet(network), plain_codec, image_size)}
     if theirs is not None:
         makers["official"] = lambda: Official(official, theirs.to(device), plain_codec, image_size)
@@ -432,7 +435,8 @@ def measure(functions, seconds=10.0, rounds=3, check=None, synchronize=None, clo
     if check is not None:
         check(outputs)
     del outputs
-    times, began, done = {name: [] for name in functions}, clock(), 0
+    times: dict[str, list] = {name: [] for name in functions}
+    began, done = clock(), 0
     while done < rounds or clock() - began < seconds:
         done += 1
         for name, function in functions.items():
@@ -469,7 +473,7 @@ def run_memory_task(task):
     """
     if task["part"] == "aupro":
         masks, maps = blob_maps(task["batch"])
-        call = {"ours": lambda *some: aupro(*some), "plain": lambda *some: plain_pro_points(*some, loop_thresholds(some[1])[::100])}
+        call = {"ours": aupro, "plain": lambda masks, maps: plain_pro_points(masks, maps, loop_thresholds(maps)[::100])}
         work = call[task["contestant"]]
         work(masks[:2], maps[:2])
         before = process_memory_mb()[0]
@@ -774,7 +778,7 @@ def run_benchmark(out_dir, device="auto", sizes=("XS",), batch_sizes=(1, 8, 64),
     if not sizes or not batch_sizes:
         raise InputError("benchmark: needs at least one size and one batch size")
     folder = None if official is None else str(Path(official).resolve())
-    settings = Settings(device, seconds, rounds, folder and load_official(folder), folder)
+    settings = Settings(device, seconds, rounds, load_official(folder) if folder else None, folder)
     out_dir, machine = ensure_folder(out_dir), describe_benchmark_machine(device)
     gpu, batches = device.type == "cuda", sorted(batch_sizes)
     training_batch_size = training_batch_size or (128 if gpu else 8)
@@ -786,7 +790,7 @@ def run_benchmark(out_dir, device="auto", sizes=("XS",), batch_sizes=(1, 8, 64),
     add_memory([one for one in records if one["part"] == "AUPRO" or not gpu and (
         one["part"] == "training step"
         or one["part"] == "detection" and one["codec"] == "wavelet" and one["batch"] == batches[-1])], folder)
-    result = {"machine": machine, "versions": {**versions(), "scikit-image": skimage.__version__},
+    result = {"machine": machine, "versions": {**versions(), "scikit-image": version("scikit-image")},
               "settings": {"sizes": list(sizes), "batch_sizes": batches, "seconds": seconds, "rounds": rounds,
                            "official": official is not None,
                            "training_batch_size": training_batch_size},

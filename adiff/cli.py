@@ -90,8 +90,8 @@ class Commands(click.Group):
                 raise
             close_progress()
             where = f"{error.filename}: " if error.filename else ""
-            click.echo(f"adiff: {where}{error.strerror.lower()}; make room or choose another place, then give the same command again",
-                       err=True)
+            said = (error.strerror or "cannot write").lower()
+            click.echo(f"adiff: {where}{said}; make room or choose another place, then give the same command again", err=True)
             context.exit(2)
         except KeyboardInterrupt as stop:
             close_progress()

@@ -94,7 +94,7 @@ class Codec(ModelMixin, ConfigMixin):
         `batches` is an iterable of image batches, of training normals (`fit` gives at most 1000 frames). A channel that never changes
         is only shifted.
         """
-        count, total, squares = 0, 0, 0
+        count, total, squares = 0, torch.zeros(()), torch.zeros(())
         for images in batches:
             self.latent_shape(*images.shape[-2:])
             raw = self._encode_raw(images)[0].transpose(0, 1).flatten(1).cpu().double()
@@ -397,7 +397,7 @@ def _load_named(name):
             raise InputError(f"codec {name!r}: no weights in {place}, nor in the hub's cache, nor on the hub "
                              f"({repository}: {type(error).__name__}); set ADIFF_WEIGHTS to a folder that holds "
                              f"{name}/, or connect to the network once") from None
-    return opener(Path(paths[0]).parent)
+    return opener(Path(str(paths[0])).parent)
 
 
 # Name -> what makes the codec; the first two need no weights.

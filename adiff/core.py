@@ -170,7 +170,7 @@ def _disk_errors(path):
     try:
         yield
     except Exception as error:
-        cause = error
+        cause: BaseException | None = error
         while cause is not None:
             rust = re.search(r"\(os error (\d+)\)", str(cause))  # as safetensors says it
             number = cause.errno if isinstance(cause, OSError) else int(rust[1]) if rust else None
@@ -303,7 +303,7 @@ def random_states(device="cpu"):
     import torch
 
     name, numbers, *rest = np.random.get_state()
-    return {"python": random.getstate(), "numpy": (name, numbers.tolist(), *rest), "torch": torch.get_rng_state(),
+    return {"python": random.getstate(), "numpy": (name, np.asarray(numbers).tolist(), *rest), "torch": torch.get_rng_state(),
             "device": torch.cuda.get_rng_state(device) if torch.device(device).type == "cuda" else None}
 
 

@@ -229,7 +229,7 @@ def _binary(mask):
     "PIL image of 0 and 255 from a mask of any mode: above 0 (a palette's index, any colour) is 255; alpha is ignored."
     values = np.asarray(mask)
     if values.ndim == 3:
-        values = values[..., :1 if mask.mode == "LA" else 3].any(axis=-1)
+        values = values[..., :1 if mask.mode == "LA" else 3].max(axis=-1)
     return Image.fromarray((values > 0) * np.uint8(255))
 
 # %% ../nbs/10_data.ipynb #6b436f8a
@@ -553,7 +553,8 @@ def read_ahead(read, batches, ahead=2):
     Meanwhile up to 8 threads read the items of the next `ahead` batches. What `read` raises is raised here, when its batch is due; when
     the generator ends or is closed, the threads are gone.
     """
-    pool, waiting = ThreadPoolExecutor(min(8, usable_cores()), "read_ahead", _without_team), deque()
+    pool = ThreadPoolExecutor(min(8, usable_cores()), "read_ahead", _without_team)
+    waiting: deque = deque()
 
     def due():
         label, reading = waiting.popleft()

@@ -24,7 +24,7 @@ class DeCoDiffConfig(DetectorConfig):
     codec: str = Field("sd-vae-ft-ema", description="wavelet, taef2, taesd, sd-vae-ft-ema, sd-vae-ft-mse or a folder")
     latent_scale: Literal["given", "measured"] = Field("given", description="measured: unit variance per channel on the normals")
     image_size: int | None = Field(256, ge=16, le=4096, description="side of the square images the codec sees; null: 16 x 16 latent cells")
-    unet: Literal[tuple(UNET_SIZES)] = "L"
+    unet: Literal[tuple(UNET_SIZES)] = "L"  # type: ignore[valid-type] # the sizes are named where they are defined
     dropout: float = Field(0.4, ge=0, lt=1)
     patch_sizes: list[int] | None = Field(None, description="null: the official table for the latent's size")
     patch_size_per: Literal["batch", "image"] = "batch"

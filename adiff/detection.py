@@ -136,7 +136,8 @@ def detect_files(model, paths, out_dir, category=None, batch_size=16, device="au
     if not files:
         raise InputError(f"{own}: holds what detection has drawn, and there is nothing else to detect in; name other files")
     root = Path(os.path.commonpath([file.absolute().parent for file in files]))
-    rows, windows, out_dir = [], [], Path(out_dir)
+    windows: list[pd.DataFrame] = []
+    rows, out_dir = [], Path(out_dir)
     bar = progress(total=len(files), desc="detecting", unit=frame.kind)
 
     def parts():

@@ -165,7 +165,7 @@ class DeviationCorrection(SchedulerMixin, ConfigMixin):
     def set_timesteps(self, num_inference_steps):
         "Chooses the timesteps to visit, highest first. Raises `InputError` if no integer stride gives that many."
         total, start = self.config.num_train_timesteps, self.config.starting_step
-        strides = {len(range(0, total, stride)): range(0, total, stride) for stride in range(total - 1, 0, -1)}
+        strides = {len(range(0, total, stride)): list(range(0, total, stride)) for stride in range(total - 1, 0, -1)}
         if start is not None:
             strides[1] = [start]
         if num_inference_steps not in strides:

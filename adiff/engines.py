@@ -127,7 +127,8 @@ class Engine(ABC):
     """What carries out runs, from a queue. `waits` says whether its runs end while it is watched, or later; `at_once` how many go on
     together, if it knows."""
 
-    waits, at_once = True, None
+    waits = True
+    at_once: int | None = None
 
     def __init__(self):
         self.queue = []
@@ -181,11 +182,11 @@ class LocalEngine(Engine):
     def __init__(self, jobs=None, device="auto", memory_gb=3, runs=None):
         super().__init__()
         gpus = visible_gpus() if device in ("auto", "cuda") else []
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         fits = max(1, int(available_memory_gb() // memory_gb))
-        self.at_once = jobs or max(1, min(len(gpus) or cores, fits, runs or fits))
-        self.device, self.threads = device, max(1, cores // self.at_once)
-        shares = [gpus[slot::self.at_once] or [gpus[slot % len(gpus)]] if gpus else None for slot in range(self.at_once)]
+        self.at_once = at_once = jobs or max(1, min(len(gpus) or cores, fits, runs or fits))
+        self.device, self.threads = device, max(1, cores // at_once)
+        shares = [gpus[slot::at_once] or [gpus[slot % len(gpus)]] if gpus else None for slot in range(at_once)]
         self.free = [",".join(share) if share else None for share in shares]
         self.children = {}
 
@@ -306,7 +307,7 @@ class SubmititEngine(Engine):
 
     def _start(self):
         "Submits what has room: on Slurm all in one array, locally (where submitit has no queue) a few at a time."
-        room = self.at_once - len(self.jobs) if self.local else len(self.queue)
+        room = (self.at_once or 0) - len(self.jobs) if self.local else len(self.queue)
         starting, self.queue = self.queue[:room], self.queue[room:]
         if starting:
             self.jobs.update(zip(starting, self.executor.map_array(_Task(self.device), map(str, starting))))

@@ -304,7 +304,8 @@ def _evaluate(run, record, log, detector, dataset, save_maps, batch_size, scratc
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     categories, tables, examples, compared, curves, seconds, calls = {}, [], [], [], {}, 0.0, 0
-    pixels, fixed = {}, {}
+    pixels: dict[str, dict] = {}
+    fixed: dict[str, dict] = {}
     for category in dataset.categories:
         rows = dataset.select("test", category)
         if rows.empty:
@@ -381,7 +382,8 @@ def detect_batches(detector, dataset, rows, batch_size=16, desc="testing"):
     """
     frames = Frames(dataset, rows, detector.frame)
     labels = detector.class_labels(list(rows["category"]), len(rows))[frames.row]
-    kept, kept_maps, seconds = torch.zeros(0, dtype=torch.int64), {}, 0.0
+    kept, seconds = torch.zeros(0, dtype=torch.int64), 0.0
+    kept_maps: dict[str, torch.Tensor] = {}
     with detector.prepared(), progress(frames.batches(batch_size), desc=desc, total=-(-len(frames) // batch_size)) as batches:
         for indices, batch in batches:
             began = time.perf_counter()
@@ -414,7 +416,10 @@ def store_maps(folder, detector, dataset, rows, batch_size=16, desc="testing"):
 
     Returns {name: `StoredArray` (n, size, size)}, {name: scores (n,)}, the window of each file, and the seconds that detection took.
     """
-    maps, scores, windows, seconds = {}, {}, [], 0.0
+    maps: dict[str, StoredArray] = {}
+    scores: dict[str, list] = {}
+    windows: list[list] = []
+    seconds = 0.0
     for batch_windows, levels, elapsed in detect_batches(detector, dataset, rows, batch_size, desc):
         final = levels.pop("anomaly")
         batch = {**detector.discrepancy.comparisons(levels), "final map": final}
@@ -520,9 +525,11 @@ def choose_examples(rows, maps, masks):
     order = rows.reset_index(drop=True).sort_values("score", kind="stable")
     anomalous, normal = order[order.label == 1].index, order[order.label == 0].index
     chosen = {"best found": anomalous[-2:][::-1], "worst found": anomalous[:2], "highest normal": normal[-1:]}
-    seen = set()
-    return [(rows.iloc[i], maps[i], None if masks is None else masks[i], why) for why, indices in chosen.items() for i in indices
-            if not (i in seen or seen.add(i))]
+    reasons: dict[int, str] = {}  # a file that is chosen twice is told once
+    for why, indices in chosen.items():
+        for i in indices:
+            reasons.setdefault(i, why)
+    return [(rows.iloc[i], maps[i], None if masks is None else masks[i], why) for i, why in reasons.items()]
 
 
 def fixed_examples(detector, dataset, rows, maps, masks, known):

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -122,7 +123,7 @@ def _write_onnx(program, path, text):
     from onnxscript import optimizer
 
     with _quiet():
-        written = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False, output_names=["maps", "scores"])
+        written: Any = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False, output_names=["maps", "scores"])
     for simplify in (optimizer.inline, passes.CommonSubexpressionEliminationPass(), optimizer.fold_constants, optimizer.remove_unused_nodes,
                      passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
                      passes.ClearMetadataAndDocStringPass()):  # that of every node names the python files it came from

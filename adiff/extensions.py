@@ -109,6 +109,7 @@ def extension_code(names):
     for point in (point for kind in KINDS for point in offered(kind) if point.name in names):
         spec = find_spec(point.module.partition(".")[0])
         folders = spec and spec.submodule_search_locations
-        files = [path for folder in folders for path in Path(folder).rglob("*.py")] if folders else [Path(spec.origin)] if spec else []
+        single = [Path(spec.origin)] if spec and spec.origin else []
+        files = [path for folder in folders for path in Path(folder).rglob("*.py")] if folders else single
         found[point.name] = hashlib.sha256(b"\0".join(path.read_bytes() for path in sorted(files))).hexdigest()[:16]
     return found

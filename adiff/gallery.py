@@ -13,6 +13,7 @@ __all__ = ['COSTS', 'FIGURES', 'variant_styles', 'wrapped', 'file_name', 'save_w
 # %% ../nbs/44_gallery.ipynb #a516e823
 import io
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -150,7 +151,7 @@ def _show_block(axis, files, columns, axes, side=144, gap=6):
 
 def _cell(picture, side):
     "uint8 (side, side, 3) of an RGB picture or a bool mask, averaged when shrunk."
-    pixels = np.repeat(np.uint8(255 * picture)[..., None], 3, -1) if np.asarray(picture).dtype == bool else _rgb(picture)
+    pixels = np.repeat((255 * picture).astype(np.uint8)[..., None], 3, -1) if np.asarray(picture).dtype == bool else _rgb(picture)
     shrinks = max(pixels.shape) > side
     return np.asarray(Image.fromarray(pixels).resize((side, side), Image.Resampling.BOX if shrinks else Image.Resampling.NEAREST))
 
@@ -408,7 +409,7 @@ def variant_histograms(scores, styles=None, limits=(-3, 9)):
     if scores.empty:
         raise InputError("variant_histograms: no category has two normal files with different scores")
     names = list(dict.fromkeys(scores.variant))
-    styles, edges = styles or variant_styles(names), np.linspace(*limits, 25)
+    styles, edges = styles or variant_styles(names), np.linspace(limits[0], limits[1], 25)
     figure, axes = _panels(len(names), 4, 1.6)
     for axis, name in zip(axes.flat, names):
         own = scores[scores.variant == name]
@@ -506,7 +507,7 @@ def example_files(evidence, reconstructions=True):
 
     reconstructions: with up to three variants a column for those of each. Raises `LeftOut` if no run has examples.
     """
-    stored = {}
+    stored: dict[str, dict] = {}
     for leaf, arrays in evidence.arrays("examples", first_seed=True):
         stored.setdefault(leaf.category, {})[leaf.variant] = arrays
     if not stored:
@@ -530,7 +531,7 @@ def example_files(evidence, reconstructions=True):
 def _choose(labels, room):
     "Indices of `room` files: the first anomalous ones, and with room for two a normal one last."
     anomalous, normal = np.flatnonzero(labels == 1), np.flatnonzero(labels == 0)
-    normal = normal[:1] if room > 1 or not len(anomalous) else []
+    normal = normal[:1 if room > 1 or not len(anomalous) else 0]
     return [*anomalous[:room - len(normal)], *normal]
 
 
@@ -571,8 +572,8 @@ def draw_sounds(evidence):
         raise LeftOut("images have no time axis")
     files = example_files(evidence)
     files = [files[i] for i in np.unique(np.linspace(0, len(files) - 1, 4).round().astype(int))]
-    names = set(evidence.variants).intersection(*(file["maps"] for file in files))
-    names = [name for name in evidence.variants if name in names]
+    shared = set(evidence.variants).intersection(*(file["maps"] for file in files))
+    names = [name for name in evidence.variants if name in shared]
     files = [{**file, "title": file["title"].replace("\n", ": "), "maps": {name: file["maps"][name] for name in names}} for file in files]
     caption = (f"{evidence.dataset}: log-mel spectrogram of a test file (above) and, for every variant, "
                "the maximum of its anomaly map over "
@@ -678,7 +679,7 @@ def _published_cells(theirs, categories, paper):
 # %% ../nbs/44_gallery.ipynb #e00be2b6
 def draw_roc(evidence):
     "The mean ROC curve of every variant."
-    curves = {}
+    curves: dict[str, list] = {}
     for (variant, *_), own in evidence.scores().groupby(["variant", "seed", "category"], sort=False):
         if own.label.nunique() == 2:
             curves.setdefault(variant, []).append(roc_curve(own.label, own.score, drop_intermediate=False)[:2])
@@ -691,7 +692,7 @@ def draw_roc(evidence):
 
 def draw_pro(evidence):
     "The mean per-region overlap curve of every variant."
-    curves = {}
+    curves: dict[str, list] = {}
     for leaf, arrays in evidence.arrays("pixels"):
         curves.setdefault(leaf.variant, []).append(counted_pro_curve(PixelCounts(**arrays)))
     if not curves:
@@ -713,7 +714,7 @@ def draw_histograms(evidence):
     return variant_histograms(scores, evidence.styles), caption
 
 # %% ../nbs/44_gallery.ipynb #0791466c
-FIGURES = {"qualitative": draw_qualitative, "sounds": draw_sounds, "ablation": draw_ablation, "cost": draw_cost,
+FIGURES: dict[str, Callable] = {"qualitative": draw_qualitative, "sounds": draw_sounds, "ablation": draw_ablation, "cost": draw_cost,
            "gaps": draw_gaps, "gaps_pixel_ap": partial(draw_gaps, metric="pixel_ap"),
            "published": draw_published, "published_pixel_ap": partial(draw_published, metric="pixel_ap"),
            "roc": draw_roc, "pro": draw_pro, "histograms": draw_histograms}

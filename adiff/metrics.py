@@ -110,13 +110,14 @@ def _highest_scores(masks, maps, below):
 
     And the numbers of normal and anomalous pixels and of regions in all images, int64 (3,).
     """
-    parts, size, totals = [], 0, np.zeros(3, int)
+    parts: list[list[np.ndarray]] = []
+    size, totals = 0, np.zeros(3, int)
     for mask, anomaly_map in _pairs(masks, maps):
         scores, (share, regions) = anomaly_map[mask], _region_shares(mask)
         totals += mask.size - len(scores), len(scores), regions
         under = scores < below
         if under.any() or not parts:
-            parts.append((scores[under], np.ones(under.sum(), int), share[under]))
+            parts.append([scores[under], np.ones(under.sum(), int), share[under]])
             size += len(parts[-1][0])
         if size > 2 * _held:  # what is cut off here, is lower than `_held` others: a later range will find it again
             parts = [[one[:_held] for one in _merge_ties(parts)]]
@@ -166,7 +167,7 @@ def _corner_ranges(masks, maps):
 
     Raises `InputError` as `pro_curve` says, but not for a missing kind of pixel.
     """
-    below, true, overlap, false = np.inf, [0], [0.0], [0]
+    below, true, overlap, false = np.inf, np.zeros(1, int), np.zeros(1), np.zeros(1, int)
     while True:
         thresholds, numbers, shares, totals = _highest_scores(masks, maps, below)
         above, at = np.full((2, len(thresholds)), false[-1])
@@ -174,7 +175,8 @@ def _corner_ranges(masks, maps):
             above += len(portion) - np.searchsorted(portion, thresholds, side="right")
             at += len(portion) - np.searchsorted(portion, thresholds)
         true = np.append(0, np.cumsum(numbers)) + true[-1]
-        overlap = np.float64(np.append(0, np.cumsum(shares, dtype=np.longdouble)) + overlap[-1])  # rounding of millions of shares adds up
+        # the rounding of millions of shares adds up
+        overlap = (np.append(0, np.cumsum(shares, dtype=np.longdouble)) + overlap[-1]).astype(np.float64)
         false = np.append(false[-1], at)
         yield _Corners(thresholds, true, overlap, false, above, *totals.tolist())
         if true[-1] == totals[1]:
@@ -199,11 +201,11 @@ def pro_curve(masks, maps):
     Raises `InputError` for empty input, unequal shapes, NaN or infinite maps, and if there is no anomalous or no
     normal pixel.
     """
-    paths = []
+    paths: list[np.ndarray] = []
     for corners in _corner_ranges(masks, maps):
         if reason := _missing(corners.normal, corners.anomalous):
             raise InputError(f"aupro is undefined: {reason}; give masks with both kinds")
-        paths.append(np.stack(_path(corners, corners.overlap))[:, bool(paths):])  # each begins where the one before ended
+        paths.append(np.stack(_path(corners, corners.overlap))[:, int(bool(paths)):])  # each begins where the one before ended
     return np.concatenate(paths, axis=1) / [[corners.normal], [corners.regions]]
 
 

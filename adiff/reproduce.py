@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
@@ -41,7 +42,7 @@ def state(out, run):
 # %% ../nbs/62_reproduce.ipynb #58d9d86e
 def expected_seconds(out, runs):
     "Seconds that each run of a group takes, by earlier runs or by the matrix: {group: seconds or None}."
-    took = {}
+    took: dict[str, list] = {}
     for done in (Path(out)/"runs").glob("*/done.json"):
         took.setdefault(read_json(done.parent/"run.json")["group"], []).append(read_json(done)["seconds"])
     return {run.group: statistics.median(took[run.group]) if run.group in took else run.minutes and 60*run.minutes for run in runs}
@@ -61,7 +62,7 @@ class _Overview:
     def ended(self, folder, error):
         run = self.left.pop(folder)
         self.failed += error is not None
-        if self.terminal:
+        if self.bar is not None:
             self.bar.update()
         if error or not self.terminal:
             tqdm.write(f"{self.total - len(self.left)}/{self.total} {run.label}: {error or 'done'}{self._hint()}", file=sys.stderr)
@@ -79,7 +80,7 @@ class _Overview:
             return
         self.drawn = time.monotonic()
         elapsed = {folder: self.drawn - self.seen.setdefault(folder, self.drawn) for folder in running}
-        if self.terminal:
+        if self.bar is not None:
             self.bar.set_postfix_str(self._hint().removeprefix(", "))
         for line, folder in zip(self.lines, [*running, *[None]*len(self.lines)]):
             line.set_description_str(f"  {self.left[folder].label}  {duration(elapsed[folder])}  {_log_end(folder)}"[:150] if folder
@@ -164,7 +165,8 @@ def _make_data(folder, made):
     from adiff.demo_data import make_demo_data
     from adiff.demo_sounds import make_demo_sounds
 
-    {"demo_images": make_demo_data, "demo_sounds": make_demo_sounds}[made["make"]](folder, **made["options"])
+    makers: dict[str, Callable] = {"demo_images": make_demo_data, "demo_sounds": make_demo_sounds}
+    makers[made["make"]](folder, **made["options"])
 
 # %% ../nbs/62_reproduce.ipynb #4da176d0
 def _carry_out(engine, out, todo, expected):

@@ -9,7 +9,9 @@ __all__ = ['read_runs', 'relative_link', 'turn_links', 'notebook_html', 'write_s
 import json
 import os
 import re
+from functools import cache
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 import jinja2
@@ -38,7 +40,7 @@ def read_runs(folder):
 
 def _outcome(run):
     "State, seconds, error and metrics of one run folder."
-    outcome = {"state": "not run", "seconds": None, "error": None, "metrics": {}}
+    outcome: dict[str, Any] = {"state": "not run", "seconds": None, "error": None, "metrics": {}}
     if (run / "done.json").exists():
         metrics = read_json(run / "metrics.json") if (run / "metrics.json").exists() else {}
         return {**outcome, "state": "finished", "seconds": read_json(run / "done.json")["seconds"], "metrics": metrics}
@@ -108,18 +110,17 @@ def notebook_html(path, page):
     return Markup(f"{first}\n{soup}\n{last}")
 
 
+@cache
 def _exporter():
     "nbconvert's exporter for the cells alone; made once."
-    if not hasattr(_exporter, "made"):
-        from nbconvert import HTMLExporter  # three seconds
-        from nbconvert.preprocessors import CoalesceStreamsPreprocessor
+    from nbconvert import HTMLExporter  # three seconds
+    from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
-        _exporter.made = HTMLExporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True,
-                                      exclude_anchor_links=True)
-        _exporter.made.register_preprocessor(CoalesceStreamsPreprocessor, enabled=True)
-        _exporter.made.config.NbConvertBase.display_data_priority = [  # no scripts: they would need require.js or jQuery
-            "text/html", "image/svg+xml", "image/png", "image/jpeg", "text/markdown", "text/latex", "text/plain"]
-    return _exporter.made
+    made = HTMLExporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True, exclude_anchor_links=True)
+    made.register_preprocessor(CoalesceStreamsPreprocessor, enabled=True)
+    made.config.NbConvertBase.display_data_priority = [  # no scripts: they would need require.js or jQuery
+        "text/html", "image/svg+xml", "image/png", "image/jpeg", "text/markdown", "text/latex", "text/plain"]
+    return made
 
 # %% ../nbs/64_site.ipynb #e36d75cd
 _style = """
@@ -343,8 +344,8 @@ def _tables(folder, index, pages):
     "The tables as HTML, their links turned to the pages of the runs."
     tables = []
     for path in sorted((folder / "tables").glob("*.html")):
-        soup = BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
-        soup = soup.body or soup
+        page = BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
+        soup = page.body or page
         turn_links(soup, path.parent, index, {run / name: page for run, page in pages.items() for name in ("", "notebook.ipynb")})
         for table in soup.find_all("table"):
             table.wrap(BeautifulSoup("", "html.parser").new_tag("div", attrs={"class": "wide"}))

@@ -110,7 +110,7 @@ def _resampled(leaf, written):
         if (leaf / "pixels" / f"{category}.npz").exists() and exact["aupro"] is not None:
             with _written_by_evaluation(leaf / "pixels" / f"{category}.npz"), np.load(leaf / "pixels" / f"{category}.npz") as file:
                 *bins, regions = PixelCounts(**file)
-            coarse = PixelCounts(*(np.add.reduceat(one, np.arange(0, one.shape[1], 4), axis=1) for one in bins), regions)
+            coarse = PixelCounts._make([*(np.add.reduceat(one, np.arange(0, one.shape[1], 4), axis=1) for one in bins), regions])
             middle = counted_metrics(coarse)
             drawn |= {name: values + (exact[name] - middle[name]) for name, values in counted_metrics(coarse, weights).items()}
         found[category] = {name: values.astype(np.float32) for name, values in drawn.items()}
@@ -370,7 +370,8 @@ def _table(title, index, rows, group, notes):
 # %% ../nbs/63_tables.ipynb #68c60929
 def _protocol(group):
     "The notes of all runs' metrics.json, each once, with the categories and variants that it is about, unless it is about all variants."
-    categories, variants, found = set(group.category), list(dict.fromkeys(group.variant)), {}
+    categories, variants = set(group.category), list(dict.fromkeys(group.variant))
+    found: dict[str, tuple[dict, dict]] = {}
     for folder, variant in group[["folder", "variant"]].drop_duplicates().itertuples(index=False):
         for note in read_json(Path(folder) / "metrics.json")["notes"]:
             name, _, rest = note.partition(": ")
