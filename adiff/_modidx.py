@@ -610,6 +610,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'adiff/extensions.py'),
                                   'adiff.extensions.Extensible._parts': ('extensions.html#extensible._parts', 'adiff/extensions.py'),
                                   'adiff.extensions._load': ('extensions.html#_load', 'adiff/extensions.py'),
+                                  'adiff.extensions._package': ('extensions.html#_package', 'adiff/extensions.py'),
                                   'adiff.extensions.extension_code': ('extensions.html#extension_code', 'adiff/extensions.py'),
                                   'adiff.extensions.extension_versions': ('extensions.html#extension_versions', 'adiff/extensions.py'),
                                   'adiff.extensions.import_extension': ('extensions.html#import_extension', 'adiff/extensions.py'),

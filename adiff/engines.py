@@ -53,7 +53,7 @@ def execute(folder, device="auto"):
                 _papermill(run["notebook"], folder, {**run["parameters"], **{key: own[key] for key in run["takes"] if key in own}})
         except Exception as problem:  # whatever a notebook raises is its result
             if stop.number or getattr(problem, "ename", None) in ("KeyboardInterrupt", "Terminated"):
-                interrupt(stop.number)
+                interrupt(stop.number or signal.SIGINT)
             error = _one_line(problem)
         result = {"identity": run["identity"], "seconds": round(time.monotonic() - began, 3),
                   "finished": datetime.datetime.now().astimezone().isoformat(timespec="seconds")}

@@ -8,11 +8,12 @@ __all__ = ['KINDS', 'offered', 'extension_versions', 'Extensible', 'import_exten
 # %% ../nbs/04_extensions.ipynb #5b7e4f90
 import hashlib
 import logging
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from functools import cache, cached_property
-from importlib.metadata import entry_points
+from importlib.metadata import Distribution, EntryPoint, EntryPoints, entry_points
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, cast
 
 from .core import InputError
 
@@ -21,19 +22,24 @@ KINDS = ("method", "codec", "dataset")
 
 
 @cache
-def offered(kind):
+def offered(kind: str) -> EntryPoints:
     "The entry points of a `kind` of part, of all installed packages. Nothing is imported."
     return entry_points(group=f"adiff.{kind}s")
 
 
-def extension_versions():
+def _package(point: EntryPoint) -> Distribution:
+    "The installed package that an entry point comes from."
+    return cast(Distribution, point.dist)  # only those that are made by hand have none
+
+
+def extension_versions() -> dict[str, str]:
     "{package: version} of the installed packages that offer adiff something."
-    return {point.dist.name: point.dist.version for kind in KINDS for point in offered(kind)}
+    return {_package(point).name: _package(point).version for kind in KINDS for point in offered(kind)}
 
 
-def _load(kind, point, expected=object):
+def _load(kind: str, point: EntryPoint, expected: Any = object) -> Any:
     "What an entry point names. Raises `InputError`, with the package in it, if that cannot be imported or is not `expected`."
-    who = f"{kind} {point.name!r} of the installed package {point.dist.name}"
+    who = f"{kind} {point.name!r} of the installed package {_package(point).name}"
     try:
         found = point.load()
     except Exception as error:  # whatever somebody else's module raises when it is imported
@@ -54,44 +60,44 @@ class Extensible(MutableMapping):
     line that names the package, for a part that cannot be imported or is not `expected`, and for a name that two packages offer.
     """
 
-    def __init__(self, kind, shipped, expected=Callable):
+    def __init__(self, kind: str, shipped: dict[str, Any], expected: Any = Callable) -> None:
         self.kind, self.shipped, self.expected = kind, shipped, expected
 
     @cached_property
-    def _parts(self):
+    def _parts(self) -> dict[str, Any]:
         "Name -> object, or the list of entry points of that name."
         parts = dict(self.shipped)
         for point in offered(self.kind):
             if point.name in self.shipped:
                 logging.getLogger("adiff").warning("%s %r of the installed package %s is not used: adiff ships one of that name",
-                                                   self.kind, point.name, point.dist.name)
+                                                   self.kind, point.name, _package(point).name)
             else:
                 parts.setdefault(point.name, []).append(point)
         return parts
 
-    def __getitem__(self, name):
+    def __getitem__(self, name: str) -> Any:
         part = self._parts[name]
         if isinstance(part, list):
             if len(part) > 1:
                 raise InputError(f"{self.kind} {name!r}: offered by the installed packages "
-                                 f"{' and '.join(point.dist.name for point in part)}; uninstall all but one")
+                                 f"{' and '.join(_package(point).name for point in part)}; uninstall all but one")
             part = self._parts[name] = _load(self.kind, part[0], self.expected)
         return part
 
-    def __setitem__(self, name, part):
+    def __setitem__(self, name: str, part: Any) -> None:
         self._parts[name] = part
 
-    def __delitem__(self, name):
+    def __delitem__(self, name: str) -> None:
         del self._parts[name]
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         return iter(self._parts)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._parts)
 
 # %% ../nbs/04_extensions.ipynb #a5583be9
-def import_extension(module):
+def import_extension(module: str) -> None:
     """Imports the entry points of the installed packages that offer adiff something, of those with the same top level as `module` (dotted
     name)."""
     for kind in KINDS:
@@ -100,7 +106,7 @@ def import_extension(module):
                 _load(kind, point)
 
 # %% ../nbs/04_extensions.ipynb #6e14d9f2
-def extension_code(names):
+def extension_code(names: Iterable[str]) -> dict[str, str]:
     """{name: 16 hex digits over the python files of the package that offers it} for those of `names` that installed packages offer.
 
     Nothing is imported.

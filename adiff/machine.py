@@ -58,13 +58,13 @@ class _Packable:
 
     def _convolve(self, x, weight, stride=(1, 1), padding=(0, 0)):
         "The convolution of x (N, C, h, w) with `weight` (D, C, kh, kw)."
+        bias = self.bias  # type: ignore[attr-defined] # of the layer that this is mixed into
         if self.packed is None or torch.is_grad_enabled():
-            bias = self.bias  # type: ignore[attr-defined] # of the layer that this is mixed into
             return torch.mkldnn_convolution(x, weight, bias, padding, stride, (1, 1), 1)
         if not self.packed or self.packed[0] != x.shape:
             weight = torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, (1, 1), 1, x.shape)
             self.packed = x.shape, weight
-        return torch.ops.mkldnn._convolution_pointwise(x, self.packed[1], self.bias, padding, stride, (1, 1), 1, "none", [], "")
+        return torch.ops.mkldnn._convolution_pointwise(x, self.packed[1], bias, padding, stride, (1, 1), 1, "none", [], "")
 
 
 class Pointwise(_Packable, nn.Linear):

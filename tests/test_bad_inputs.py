@@ -271,7 +271,8 @@ def test_no_name_reaches_a_shell(tmp_path, monkeypatch):
     evil = "it's $(touch executed) `touch executed`; touch executed & \"x\" #"
     engine = SbatchEngine(tmp_path / evil, device=evil, comment=evil, partition="a b'c")
     engine.submit([tmp_path / evil / "runs" / evil])
-    assert (tmp_path / "task.txt").read_text() == f"adiff: {tmp_path / evil / 'runs' / evil}: no run.json here, so there is nothing to run; adiff reproduce writes it\n"
+    said = f"adiff: {tmp_path / evil / 'runs' / evil}: no run.json here, so there is nothing to run; adiff reproduce writes it\n"
+    assert (tmp_path / "task.txt").read_text() == said
     assert not list(tmp_path.rglob("executed"))
 
 
