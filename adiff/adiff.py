@@ -7,23 +7,26 @@ reconstruction error and semantic discrepancy. For images and for sounds."""
 __all__ = ['ADIFF_PRESETS', 'ADIFF_SOUNDS', 'SHORT_EVENTS', 'DDPM_PRESETS', 'SIMPLEX_PRESETS', 'ADiffConfig', 'build_adiff']
 
 # %% ../nbs/32_adiff.ipynb #da37cade
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field
 
+from .audio import LogMel
 from .core import InputError, derive_seed, set_seed
+from .data import Protocol
 from .gaussian import GaussianForwardProcess, PartialNoisingCorrection
 from .multiscale import MULTISCALE_SIZES, MultiScaleUNet
 from .pipeline import AnomalyDetector
 from .semantic import SemanticDiscrepancy
-from .training import DetectorConfig, checked, make_codec
+from .training import DetectorConfig, make_codec
 
 # %% ../nbs/32_adiff.ipynb #f246c641
 class ADiffConfig(DetectorConfig):
     "All keys of ADiff. The paper's own values are not known; the defaults are the preset `paper`, our reading of it."
 
     image_size: int | None = Field(256, ge=16, le=4096, description="side of the square images the codec sees; null: 16 x 16 latent cells")
-    unet: Literal[tuple(MULTISCALE_SIZES)] = "M"
+    unet: Literal[tuple(MULTISCALE_SIZES)] = "M"  # type: ignore[valid-type] # the sizes are named where they are defined
     channel_multipliers: list[int] = Field([1, 2, 4], min_length=1, description="width of each resolution; one entry: a single scale")
     attention_levels: list[int] = Field([1, 2], description="resolutions with self-attention, 0 the finest; []: none")
     wavelet_sampling: bool = Field(True, description="wavelet down- and up-sampling inside the network")
@@ -70,7 +73,7 @@ DDPM_PRESETS = {"cpu": dict(_minutes, codec="pixels", wavelet_levels=0, image_si
 SIMPLEX_PRESETS = {name: {**preset, "noise": "simplex"} for name, preset in DDPM_PRESETS.items()}
 
 # %% ../nbs/32_adiff.ipynb #d1788a2c
-def build_adiff(config, categories, frame):
+def build_adiff(config: ADiffConfig, categories: Sequence[str], frame: Protocol | LogMel) -> AnomalyDetector:
     """An untrained `AnomalyDetector` with ADiff's parts, for an `ADiffConfig`, the names of the categories and a frame.
 
     The network is unconditional: with several categories it learns them all as one distribution. Raises `InputError` if weights
@@ -94,6 +97,7 @@ def build_adiff(config, categories, frame):
                                             num_seeds=config.num_seeds, seed=config.seed, **noising),
         discrepancy=SemanticDiscrepancy.pretrained(
             extractor=config.semantic_extractor, semantic_weight=config.semantic_weight, scales=tuple(config.scales),
-            sigma=config.sigma, grid=config.normalization_grid, input_size=config.semantic_input, depths=config.semantic_depths and tuple(config.semantic_depths)),
+            sigma=config.sigma, grid=config.normalization_grid, input_size=config.semantic_input,
+            depths=config.semantic_depths and tuple(config.semantic_depths)),
         categories=categories, image_size=image_size, protocol=frame, top_share=config.top_share,
         mixed_precision=config.mixed_precision)

@@ -28,8 +28,8 @@ def attention_maps(network, sample, timestep, layer, class_labels=None):
     """Attention weights (N, heads, queries, keys) of one `layer` while `network` answers; each row sums to 1.
 
     `network(sample, timestep, class_labels)` is any network of diffusers' blocks (`network.plain_forward`, if it has its own way
-    through them), `layer` a name from `attention_layers(network)`; queries and keys are cells of the layer's grid, row by row. The weights are stored in
-    full, 4 * heads * cells**2 bytes per sample: choose small samples or coarse layers. Raises `InputError` for an
+    through them), `layer` a name from `attention_layers(network)`; queries and keys are cells of the layer's grid, row by row. The weights
+    are stored in full, 4 * heads * cells**2 bytes per sample: choose small samples or coarse layers. Raises `InputError` for an
     unknown layer.
     """
     layers = attention_layers(network)

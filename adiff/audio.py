@@ -19,7 +19,6 @@ import types
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -64,7 +63,7 @@ def load_torchaudio():
             if not _lacks_cuda(error):
                 raise
         stub = types.ModuleType("torchaudio._extension")
-        stub._IS_TORCHAUDIO_EXT_AVAILABLE, stub.fail_if_no_align = False, _needs_extension
+        vars(stub).update(_IS_TORCHAUDIO_EXT_AVAILABLE=False, fail_if_no_align=_needs_extension)
         sys.modules[stub.__name__] = stub
         torchaudio = importlib.import_module("torchaudio")
         _log.info("torch has no CUDA here: torchaudio is used without its compiled extension")
@@ -146,7 +145,8 @@ def _opened(source):
                 file.seek(first)
                 return file.read(last - first, dtype="float32", always_2d=True)
             if not lowest <= file.samplerate <= highest:
-                raise InputError(f"{source}: a sample rate of {file.samplerate} Hz; sounds have {lowest} to {highest}, so repair or remove it")
+                raise InputError(f"{source}: a sample rate of {file.samplerate} Hz; sounds have {lowest} to {highest}, "
+                                 "so repair or remove it")
             yield source, file.samplerate, file.frames, read
     elif isinstance(source, (tuple, list)) and len(source) == 2:
         values = _from_array(*source)
@@ -274,8 +274,8 @@ class LogMel:
 
     def describe(self):
         "One line for the notes under a number."
-        return (f"log-mel pictures of {self.size} mel bands x {self.size} time steps over {self.seconds:g} s at {self.sample_rate} Hz; shorter "
-                "sounds are followed by silence, of longer ones the window with the highest score counts")
+        return (f"log-mel pictures of {self.size} mel bands x {self.size} time steps over {self.seconds:g} s at "
+                f"{self.sample_rate} Hz; shorter sounds are followed by silence, of longer ones the window with the highest score counts")
 
     def windows(self, source):
         """Start times in seconds of the windows that cover a sound (only a file's header is read).

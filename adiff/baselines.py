@@ -11,6 +11,7 @@ __all__ = ['BASELINES', 'IdentityForwardProcess', 'SinglePassCorrection', 'Recon
            'PooledConfig']
 
 # %% ../nbs/33_baselines.ipynb #959a7c53
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -20,7 +21,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from pydantic import Field
 from sklearn.ensemble import IsolationForest
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import OneClassSVM
 from torch import nn
@@ -30,7 +31,7 @@ from .deviation import ForwardSample
 from .discrepancy import Discrepancy, gaussian_smooth, mirror_resize
 from .features import FeatureCodec
 from .pipeline import AnomalyDetector
-from .training import DetectorConfig, checked, make_codec
+from .training import DetectorConfig, make_codec
 
 # %% ../nbs/33_baselines.ipynb #aacefc43
 class IdentityForwardProcess(SchedulerMixin, ConfigMixin):
@@ -174,7 +175,7 @@ class MahalanobisDiscrepancy(Discrepancy):
     @torch.no_grad()
     def fit(self, latents):
         "Measures mean and covariance per location over `latents`. Raises `InputError` for none, or of another shape."
-        count, total, products = 0, 0, 0
+        count, total, products = 0, torch.zeros(()), torch.zeros(())
         for z in latents:
             if z.shape[2:] != (self.config.height, self.config.width) or z.shape[1] != self.config.channels:
                 raise InputError(f"latents of shape {tuple(z.shape[1:])} do not fit MahalanobisDiscrepancy for "
@@ -281,8 +282,9 @@ class PooledStatisticsDiscrepancy(Discrepancy):
         super().__init__()
         if estimator not in ("one_class_svm", "isolation_forest"):
             raise unknown_name("estimator", estimator, ("one_class_svm", "isolation_forest"))
+        self.table: torch.Tensor
         self.register_buffer("table", torch.zeros(count, 3 * rows))
-        self._estimator = None  # fitted from the table when first needed
+        self._estimator: Pipeline | None = None  # fitted from the table when first needed
 
     def statistics(self, z):
         "Mean, standard deviation and maximum over time of latents (n, C, h, w): (n, 3 * C * h)."
@@ -420,7 +422,7 @@ def _build_pooled(estimator):
 _minutes = dict(unit="steps", length=500, warmup=20, horizon=None, learning_rate=1e-3, batch_size=16, gradient_accumulation_steps=1,
                 validate_every=50, checkpoint_every=250)
 
-BASELINES = {  # name -> configuration, builder, presets
+BASELINES: dict[str, tuple[type, Callable, dict]] = {  # name -> configuration, builder, presets
     "autoencoder": (AutoencoderConfig, build_autoencoder, {"cpu": _minutes}),
     "dense-autoencoder": (DenseAutoencoderConfig, build_dense_autoencoder, {"cpu": _minutes}),
     "padim": (FeatureConfig, build_padim, {"cpu": {}, "gpu": {"backbone": "wide-resnet50", "depths": [2, 3]}}),

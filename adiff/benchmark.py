@@ -20,11 +20,14 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -97,7 +100,7 @@ def plain_maps(z, corrected, reference, reconstruction, size, pixel_cap=0.4, lat
 
     z, corrected: (N, C, h, w); reference, reconstruction: (N, 3 or 1, H, W); tensors. Caps and sigmas as in `DeviationDiscrepancy`.
     """
-    maps = {"pixel": [], "latent": [], "anomaly": []}
+    maps: dict[str, list] = {"pixel": [], "latent": [], "anomaly": []}
     for one in zip(z, corrected, reference, reconstruction):
         before, after, image, repaired = (tensor.cpu().numpy() for tensor in one)
         pixel = np.minimum(np.abs(repaired - image).max(0) / pixel_cap, 1)
@@ -154,7 +157,8 @@ def blob_maps(count=83, size=256, seed=0):
     masks, maps = np.zeros((count, size, size), bool), np.empty((count, size, size), np.float32)
     for index in range(count):
         for _ in range(generator.integers(1, 4) if index % 4 else 0):
-            row, column, radius = generator.uniform(0.1, 0.9) * size, generator.uniform(0.1, 0.9) * size, generator.uniform(0.02, 0.1) * size
+            row, column = generator.uniform(0.1, 0.9) * size, generator.uniform(0.1, 0.9) * size
+            radius = generator.uniform(0.02, 0.1) * size
             masks[index] |= np.hypot(y - row, x - column) < radius
         noise = gaussian_filter(generator.normal(size=(size, size)), size / 64)
         maps[index] = noise / noise.std() + 2 * gaussian_filter(masks[index].astype(float), size / 64)
@@ -174,7 +178,7 @@ class OfficialCode:
     "The official DeCo-Diff implementation: constructors of its networks by name, and its process of 10 steps, of which 5 are visited."
 
     networks: dict
-    diffusion: object
+    diffusion: Any
 
     def network(self, size):
         "Its untrained network of a size such as \"XS\" for latents (N, 4, 32, 32) and 15 classes; None if it has none of that size."
@@ -373,7 +377,7 @@ def contestants(size, codec="wavelet", device="cpu", official=None, only=None):
         network = convert_official_unet({name: value.float() for name, value in fill_zeros(theirs).state_dict().items()})
     image_size, network = CODECS[codec][0], network.to(device).eval()
     plain_codec = make_codec(codec).to(device)
-    makers = {"ours": lambda: Ours(deepcopy(network), deepcopy(plain_codec), image_size),
+    makers: dict[str, Callable] = {"ours": lambda: Ours(deepcopy(network), deepcopy(plain_codec), image_size),
               "plain": lambda: Plain(PlainUNet(network), plain_codec, image_size)}
     if theirs is not None:
         makers["official"] = lambda: Official(official, theirs.to(device), plain_codec, image_size)
@@ -431,7 +435,8 @@ def measure(functions, seconds=10.0, rounds=3, check=None, synchronize=None, clo
     if check is not None:
         check(outputs)
     del outputs
-    times, began, done = {name: [] for name in functions}, clock(), 0
+    times: dict[str, list] = {name: [] for name in functions}
+    began, done = clock(), 0
     while done < rounds or clock() - began < seconds:
         done += 1
         for name, function in functions.items():
@@ -468,7 +473,7 @@ def run_memory_task(task):
     """
     if task["part"] == "aupro":
         masks, maps = blob_maps(task["batch"])
-        call = {"ours": lambda *some: aupro(*some), "plain": lambda *some: plain_pro_points(*some, loop_thresholds(some[1])[::100])}
+        call = {"ours": aupro, "plain": lambda masks, maps: plain_pro_points(masks, maps, loop_thresholds(maps)[::100])}
         work = call[task["contestant"]]
         work(masks[:2], maps[:2])
         before = process_memory_mb()[0]
@@ -603,7 +608,8 @@ def exact_products(device):
 
 
 def gpu_memory(device, function):
-    "{\"before_mb\", \"peak_mb\"} that torch's tensors occupied on the GPU before and during one call; {} on a CPU, see `memory_in_children`."
+    """{"before_mb", "peak_mb"} that torch's tensors occupied on the GPU before and during one call; {} on a CPU, see
+    `memory_in_children`."""
     if device.type != "cuda":
         return {}
     torch.cuda.synchronize(device)
@@ -649,7 +655,7 @@ def measure_parts(settings, made, batch, size, codec="wavelet", names=("encode",
     own = ("network call", "correction")  # the official code has functions for these two
     records = []
     for part in names:
-        functions = {name: lambda one=one: calls[part](one) for name, one in made.items()
+        functions = {name: lambda one=one, call=calls[part]: call(one) for name, one in made.items()
                      if part in own or name in ("ours", "plain")}
         with _prepared(made):
             records.append(record(settings, part, functions, batch, size=size, codec=codec))
@@ -747,9 +753,10 @@ NOTES = (
     "untrained weights, equal for all: speed does not depend on weights; dropout off",
     "codec wavelet: grey pictures of 64 x 64 pixels, tiny: colour pictures of 256 x 256 pixels; latents 4 x 32 x 32 for both",
     "official: its own network and correction; encoding, decoding and scoring around them are the plain ones, its training step ours",
-    "official: its network recomputes its transformer blocks in the backward pass (gradient checkpointing), which saves memory and costs time",
-    "memory on a CPU: peak of a process that does only this, python and libraries included; on a GPU: torch's tensors, all contestants' weights "
-    "included; both beside what was there before the call",
+    "official: its network recomputes its transformer blocks in the backward pass (gradient checkpointing), "
+    "which saves memory and costs time",
+    "memory on a CPU: peak of a process that does only this, python and libraries included; on a GPU: torch's tensors, "
+    "all contestants' weights included; both beside what was there before the call",
     "AUPRO: plain does only some of the 200 thresholds, and its time is scaled; ours is exact over all thresholds there are",
     "on a GPU outputs are compared without TF32, and times are taken with it",
 )
@@ -761,7 +768,8 @@ def run_benchmark(out_dir, device="auto", sizes=("XS",), batch_sizes=(1, 8, 64),
 
     sizes: names in `UNET_SIZES`. official: a checkout of DeCo-Diff or None. seconds, rounds: per measurement, at least. minutes: of
     training at batch 128 on a GPU, from which 10,400 updates are extrapolated for the last size. training_batch_size: None: 128 on a GPU, 8
-    elsewhere. maps: how many, of 256 x 256, for the metrics; all_thresholds: run the loop for AUPRO whole. Raises `InputError` for unknown names, a wrong checkout, and if outputs differ.
+    elsewhere. maps: how many, of 256 x 256, for the metrics; all_thresholds: run the loop for AUPRO whole. Raises `InputError` for unknown
+    names, a wrong checkout, and if outputs differ.
     """
     device = resolve_device(device)
     for size in sizes:
@@ -770,7 +778,7 @@ def run_benchmark(out_dir, device="auto", sizes=("XS",), batch_sizes=(1, 8, 64),
     if not sizes or not batch_sizes:
         raise InputError("benchmark: needs at least one size and one batch size")
     folder = None if official is None else str(Path(official).resolve())
-    settings = Settings(device, seconds, rounds, folder and load_official(folder), folder)
+    settings = Settings(device, seconds, rounds, load_official(folder) if folder else None, folder)
     out_dir, machine = ensure_folder(out_dir), describe_benchmark_machine(device)
     gpu, batches = device.type == "cuda", sorted(batch_sizes)
     training_batch_size = training_batch_size or (128 if gpu else 8)
@@ -780,9 +788,11 @@ def run_benchmark(out_dir, device="auto", sizes=("XS",), batch_sizes=(1, 8, 64),
             records += some
             bar.update()
     add_memory([one for one in records if one["part"] == "AUPRO" or not gpu and (
-        one["part"] == "training step" or one["part"] == "detection" and one["codec"] == "wavelet" and one["batch"] == batches[-1])], folder)
-    result = {"machine": machine, "versions": {**versions(), "scikit-image": skimage.__version__},
-              "settings": {"sizes": list(sizes), "batch_sizes": batches, "seconds": seconds, "rounds": rounds, "official": official is not None,
+        one["part"] == "training step"
+        or one["part"] == "detection" and one["codec"] == "wavelet" and one["batch"] == batches[-1])], folder)
+    result = {"machine": machine, "versions": {**versions(), "scikit-image": version("scikit-image")},
+              "settings": {"sizes": list(sizes), "batch_sizes": batches, "seconds": seconds, "rounds": rounds,
+                           "official": official is not None,
                            "training_batch_size": training_batch_size},
               "measurements": records, "starts": measure_starts(max(rounds, min(5, int(seconds)))),
               "training": updates_time(settings, sizes[-1] if gpu else "L", minutes=minutes), "notes": list(NOTES)}
@@ -845,8 +855,8 @@ def benchmark_table(result):
         rows.append({"": _title(one), "ours (ms)": f"{1000 * ours['seconds']['median']:.3g}", "per second": f"{ours['per_second']:.3g}",
                      **{f"{name} / ours": "out of memory" if name in one["left_out"] else _ratio(found.get(name)) for name in names},
                      "difference": f"{max(other['difference'] for other in found.values() if other['difference'] is not None):.0e}",
-                     "peak MB": ", ".join(f"{name} {other['peak_mb']:.0f} ({other['before_mb']:.0f} before)" for name, other in found.items()
-                                          if "peak_mb" in other)})
+                     "peak MB": ", ".join(f"{name} {other['peak_mb']:.0f} ({other['before_mb']:.0f} before)"
+                                          for name, other in found.items() if "peak_mb" in other)})
     rows += [{"": f"start: {name}", "ours (ms)": f"{1000 * taken['median']:.0f}"} for name, taken in result["starts"].items()]
     if result["machine"]["gpu"] is None:
         rows += [{"": name, "ours (ms)": GPU_ONLY} for name in ("GPU: UNet_L, detection of 1, 8, 64", "GPU: bf16 against float32",

@@ -90,7 +90,8 @@ class Commands(click.Group):
                 raise
             close_progress()
             where = f"{error.filename}: " if error.filename else ""
-            click.echo(f"adiff: {where}{error.strerror.lower()}; make room or choose another place, then give the same command again", err=True)
+            said = (error.strerror or "cannot write").lower()
+            click.echo(f"adiff: {where}{said}; make room or choose another place, then give the same command again", err=True)
             context.exit(2)
         except KeyboardInterrupt as stop:
             close_progress()
@@ -122,7 +123,8 @@ def _matrices():
 
 
 # Written out, because a shell does not wait for torch; a test holds them equal to what there is.
-_methods = ("adiff", "autoencoder", "ddpm", "ddpm-simplex", "deco", "dense-autoencoder", "isolation-forest", "knn", "one-class-svm", "padim")
+_methods = ("adiff", "autoencoder", "ddpm", "ddpm-simplex", "deco", "dense-autoencoder", "isolation-forest", "knn", "one-class-svm",
+            "padim")
 _presets = ("cpu", "cpu-taef2", "gpu", "paper")
 _device = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:0 or mps")
 _seed = click.option("--seed", default=0, show_default=True, help="seed of weights, data order, corruptions")
@@ -186,7 +188,8 @@ def detect(model, paths, out_dir, category, batch_size, device):
     scores = detect_files(model, paths, out_dir, category=category, batch_size=batch_size, device=device)
     failed = int(scores["error"].ne("").sum())
     show(json.loads(scores.to_json(orient="records")),
-         f"{len(scores) - failed} file{'s' * (len(scores) - failed != 1)}, {int(scores['anomalous'].eq(True).sum())} anomalous: {Path(out_dir) / 'scores.csv'}")
+         f"{len(scores) - failed} file{'s' * (len(scores) - failed != 1)}, {int(scores['anomalous'].eq(True).sum())} anomalous: "
+         f"{Path(out_dir) / 'scores.csv'}")
     if failed:
         raise InputError(f"{failed} of {len(scores)} files could not be read; see the column 'error' of {Path(out_dir) / 'scores.csv'}")
 
@@ -261,7 +264,8 @@ def reproduce(matrix, out_dir, dry_run, only, parameters, data, retry, engine, e
         return
     failed = {label: error for label, error in errors.items() if error}
     lines = [f"{label}: {error}" for label, error in failed.items()]
-    lines.append(f"{len(errors)} runs, {len(errors) - len(failed)} done" + f"; {len(failed)} not: see log.txt there, --retry runs them again"*bool(failed))
+    lines.append(f"{len(errors)} runs, {len(errors) - len(failed)} done" + f"; {len(failed)} not: see log.txt there, "
+                                                                           "--retry runs them again"*bool(failed))
     show(errors, "\n".join(lines))
     if failed:
         raise SystemExit(1)
@@ -270,7 +274,8 @@ def reproduce(matrix, out_dir, dry_run, only, parameters, data, retry, engine, e
 @main.command(epilog="Example:  adiff table reproduced/demo --out tables")
 @click.argument("runs", nargs=-1, required=True, type=click.Path())
 @click.option("--out", "out_dir", type=click.Path(), help="folder for results.csv, results.parquet and every table as md, tex and html")
-@click.option("--format", "form", default="text", show_default=True, type=click.Choice(["text", "markdown", "latex", "html"]), help="what to print")
+@click.option("--format", "form", default="text", show_default=True, type=click.Choice(["text", "markdown", "latex", "html"]),
+              help="what to print")
 def table(runs, out_dir, form):
     "Tables of the run folders RUNS: mean and spread over seeds, intervals over images, ours beside published numbers."
     from adiff.tables import collect, read_published, tables, write_tables
@@ -284,12 +289,13 @@ def table(runs, out_dir, form):
 @main.command(epilog="Example:  adiff export runs/mine/model detector.onnx")
 @click.argument("model", type=click.Path())
 @click.argument("out", type=click.Path())
-@click.option("--format", "form", default="onnx", show_default=True, type=click.Choice(["onnx", "torch"]), help="a file .onnx, or .pt2 of torch.export")
+@click.option("--format", "form", default="onnx", show_default=True, type=click.Choice(["onnx", "torch"]),
+              help="a file .onnx, or .pt2 of torch.export")
 def export(model, out, form):
     """Write the detector in folder MODEL as one graph to the file OUT, checked against the detector itself.
 
-    Codec, network, correction and map are all in it; categories, thresholds and protocol stand in it and beside it as JSON. nbs/tutorials/onnx_detect.py
-    runs one in thirty lines without torch.
+    Codec, network, correction and map are all in it; categories, thresholds and protocol stand in it and beside it as JSON.
+    nbs/tutorials/onnx_detect.py runs one in thirty lines without torch.
     """
     from adiff.export import export_detector
 
@@ -308,7 +314,8 @@ def tensorboard(runs):
 
 # %% ../nbs/55_cli.ipynb #5b0f8a14
 @main.command(epilog="Example:  adiff doctor --out /data/runs")
-@click.option("--out", "out_dir", default="runs", show_default=True, type=click.Path(), help="where runs are to be written: is there room, do locks work?")
+@click.option("--out", "out_dir", default="runs", show_default=True, type=click.Path(),
+              help="where runs are to be written: is there room, do locks work?")
 def doctor(out_dir):
     "Look at everything that adiff leans on: versions, devices, memory, disk, weights, optional packages; what is missing, and what to do."
     from adiff.doctor import examine, findings_record, findings_text, works
@@ -321,7 +328,8 @@ def doctor(out_dir):
 # %% ../nbs/55_cli.ipynb #53a7c402
 @main.command(epilog="Example:  adiff benchmark --sizes XS,S --official DeCo-Diff")
 @click.option("--out", "out_dir", default="runs/benchmark", show_default=True, type=click.Path(), help="folder for json, csv and figure")
-@click.option("--official", type=click.Path(), help="checkout of github.com/farzad-bz/DeCo-Diff, whose code is run; needs einops and omegaconf")
+@click.option("--official", type=click.Path(),
+              help="checkout of github.com/farzad-bz/DeCo-Diff, whose code is run; needs einops and omegaconf")
 @click.option("--sizes", default="XS", show_default=True, help="of the U-Net, separated by commas: nano, XS, S, M, L, XL")
 @click.option("--seconds", default=10.0, show_default=True, help="per measurement, at least")
 @click.option("--minutes", default=1.0, show_default=True, help="of training on a GPU, from which 10,400 updates are extrapolated")
@@ -334,7 +342,8 @@ def benchmark(out_dir, official, sizes, seconds, minutes, all_thresholds, device
     """
     from adiff.benchmark import benchmark_text, run_benchmark
 
-    result = run_benchmark(out_dir, device, sizes.split(","), official=official, seconds=seconds, minutes=minutes, all_thresholds=all_thresholds)
+    result = run_benchmark(out_dir, device, sizes.split(","), official=official, seconds=seconds, minutes=minutes,
+                           all_thresholds=all_thresholds)
     written = ", ".join(str(Path(out_dir) / f"benchmark.{kind}") for kind in ("json", "csv", "png"))
     show(result, f"{benchmark_text(result)}\nwritten: {written}")
 

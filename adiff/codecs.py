@@ -9,8 +9,10 @@ __all__ = ['CODECS', 'Codec', 'WaveletCodec', 'PixelCodec', 'KLCodec', 'PooledTi
 # %% ../nbs/21_codecs.ipynb #dd4789d6
 import os
 import pickle
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +24,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from .core import InputError, atomic_folder, read_json
+from .core import AnyPath, InputError, atomic_folder, read_json
 from .extensions import Extensible
-from .wavelets import WaveletPacket2d, band_names
+from .wavelets import WaveletPacket2d
 
 # %% ../nbs/21_codecs.ipynb #d6e48e12
 class Codec(ModelMixin, ConfigMixin):
@@ -39,30 +41,30 @@ class Codec(ModelMixin, ConfigMixin):
     downsample = 1  # pixels per latent cell, along each axis
 
     @property
-    def latent_channels(self):
+    def latent_channels(self) -> int:
         "The number of channels of a latent."
         return len(self.scale)
 
-    def _set_scale(self, channels, shift=0.0, scale=1.0):
+    def _set_scale(self, channels: int, shift: float = 0.0, scale: float = 1.0) -> None:
         self.register_buffer("shift", torch.full((channels,), float(shift)))
         self.register_buffer("scale", torch.full((channels,), float(scale)))
 
-    def _encode_raw(self, images):
+    def _encode_raw(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         "Images to (mean, standard deviation or None), not scaled."
         raise NotImplementedError
 
-    def _decode_raw(self, raw):
+    def _decode_raw(self, raw: torch.Tensor) -> torch.Tensor:
         "Latents that are not scaled to images."
         raise NotImplementedError
 
-    def latent_shape(self, height, width):
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         "The latent's shape (C, h, w) for an image of `height` x `width` pixels. Raises `InputError` if it has none."
         if height % self.downsample or width % self.downsample:
             raise InputError(f"images of {height}x{width} pixels do not divide into cells of {self.downsample}x"
                              f"{self.downsample}; resize or crop them to multiples of {self.downsample}")
         return self.latent_channels, height // self.downsample, width // self.downsample
 
-    def posterior(self, images):
+    def posterior(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Mean and standard deviation of the latents of `images`, both (N, C, h, w), scaled.
 
         The standard deviation is None unless the codec is a KL autoencoder. Raises `InputError` for sizes that do not
@@ -73,28 +75,28 @@ class Codec(ModelMixin, ConfigMixin):
         shift, scale = self.shift[:, None, None], self.scale[:, None, None]
         return (mean - shift) * scale, None if std is None else std * scale
 
-    def encode(self, images):
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
         "The latents (N, C, h, w) of `images`: the posterior's mean, scaled."
         return self.posterior(images)[0]
 
-    def decode(self, latents):
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
         "Scaled `latents` back to images in about [-1, 1], not clipped. Raises `InputError` if there is no decoder."
         if not self.has_decoder:
             raise InputError(f"{type(self).__name__} has no decoder; use a discrepancy that compares latents only")
         return self._decode_raw(latents / self.scale[:, None, None] + self.shift[:, None, None])
 
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
         "What is left of `images` after encoding and decoding."
         return self.decode(self.encode(images))
 
     @torch.no_grad()
-    def fit_scale(self, batches):
+    def fit_scale(self, batches: Iterable[torch.Tensor]) -> "Codec":
         """Sets shift and scale so that every channel has mean 0 and standard deviation 1 over `batches`; returns self.
 
         `batches` is an iterable of image batches, of training normals (`fit` gives at most 1000 frames). A channel that never changes
         is only shifted.
         """
-        count, total, squares = 0, 0, 0
+        count, total, squares = 0, torch.zeros(()), torch.zeros(())
         for images in batches:
             self.latent_shape(*images.shape[-2:])
             raw = self._encode_raw(images)[0].transpose(0, 1).flatten(1).cpu().double()
@@ -116,16 +118,16 @@ class WaveletCodec(Codec):
     """
 
     @register_to_config
-    def __init__(self, wavelet="haar", levels=2, image_channels=3):
+    def __init__(self, wavelet: str = "haar", levels: int = 2, image_channels: int = 3) -> None:
         super().__init__()
         self.transform = WaveletPacket2d(wavelet, levels)
         self.downsample = 2**levels
         self._set_scale(image_channels * 4**levels)
 
-    def _encode_raw(self, images):
+    def _encode_raw(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         return self.transform(images), None
 
-    def _decode_raw(self, raw):
+    def _decode_raw(self, raw: torch.Tensor) -> torch.Tensor:
         return self.transform.inverse(raw)
 
 # %% ../nbs/21_codecs.ipynb #bc3e7200
@@ -136,19 +138,19 @@ class PixelCodec(Codec):
     """
 
     @register_to_config
-    def __init__(self, levels=2, image_channels=3):
+    def __init__(self, levels: int = 2, image_channels: int = 3) -> None:
         super().__init__()
         self.downsample = 2**levels
         self._set_scale(image_channels * 4**levels)
 
-    def _encode_raw(self, images):
+    def _encode_raw(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         return F.pixel_unshuffle(images, self.downsample), None
 
-    def _decode_raw(self, raw):
+    def _decode_raw(self, raw: torch.Tensor) -> torch.Tensor:
         return F.pixel_shuffle(raw, self.downsample)
 
 # %% ../nbs/21_codecs.ipynb #2e9c3d4e
-def _plain(config):
+def _plain(config: Any) -> dict[str, Any]:
     "A diffusers config without its private entries (versions, the path it came from)."
     return {key: value for key, value in dict(config).items() if not key.startswith("_")}
 
@@ -161,7 +163,7 @@ class KLCodec(Codec):
     """
 
     @register_to_config
-    def __init__(self, autoencoder_config):
+    def __init__(self, autoencoder_config: dict) -> None:
         super().__init__()
         self.autoencoder = AutoencoderKL.from_config(autoencoder_config)
         config = self.autoencoder.config
@@ -169,22 +171,22 @@ class KLCodec(Codec):
         self._set_scale(config.latent_channels, config.shift_factor or 0.0, config.scaling_factor)
 
     @classmethod
-    def from_autoencoder(cls, source):
+    def from_autoencoder(cls, source: AnyPath) -> "KLCodec":
         "The codec around the AutoencoderKL in `source`, a folder in diffusers' format or a hub id."
         autoencoder = _load_diffusers(AutoencoderKL, source)
         codec = cls(_plain(autoencoder.config))
         codec.autoencoder = autoencoder
         return codec
 
-    def _encode_raw(self, images):
+    def _encode_raw(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         distribution = self.autoencoder.encode(images).latent_dist
         return distribution.mean, distribution.std
 
-    def _decode_raw(self, raw):
+    def _decode_raw(self, raw: torch.Tensor) -> torch.Tensor:
         return self.autoencoder.decode(raw).sample
 
 
-def _load_diffusers(kind, source):
+def _load_diffusers(kind: Any, source: AnyPath) -> Any:
     "`kind.from_pretrained(source)`; raises `InputError` if weights are missing, broken or do not fit."
     try:
         model, info = kind.from_pretrained(source, output_loading_info=True, local_files_only=Path(source).is_dir())
@@ -197,7 +199,7 @@ def _load_diffusers(kind, source):
     return model
 
 
-def _one_line(error):
+def _one_line(error: BaseException) -> str:
     "The first line of an error's text, at most 150 characters; its type's name if it has none."
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
 
@@ -205,12 +207,12 @@ def _one_line(error):
 class PooledTinyBlock(AutoencoderTinyBlock):
     "TAEF2's residual block at the coarsest resolution: a normalised 1x1 branch is added to the input first."
 
-    def __init__(self, channels, act_fn):
+    def __init__(self, channels: int, act_fn: str) -> None:
         super().__init__(channels, channels, act_fn)
         self.pool = nn.Sequential(nn.Conv2d(channels, 4 * channels, 1, bias=False), nn.GroupNorm(4, 4 * channels),
                                   nn.ReLU(), nn.Conv2d(4 * channels, channels, 1, bias=False))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x + self.pool(x))
 
 # %% ../nbs/21_codecs.ipynb #bdf9801e
@@ -223,7 +225,7 @@ class TinyCodec(Codec):
     """
 
     @register_to_config
-    def __init__(self, autoencoder_config, pooled=False):
+    def __init__(self, autoencoder_config: dict, pooled: bool = False) -> None:
         super().__init__()
         self.autoencoder = AutoencoderTiny.from_config(autoencoder_config)
         config = self.autoencoder.config
@@ -237,7 +239,7 @@ class TinyCodec(Codec):
         self._set_scale(config.latent_channels, config.shift_factor, config.scaling_factor)
 
     @classmethod
-    def from_autoencoder(cls, source):
+    def from_autoencoder(cls, source: AnyPath) -> "TinyCodec":
         "The codec around the AutoencoderTiny in `source`, a folder in diffusers' format or a hub id."
         autoencoder = _load_diffusers(AutoencoderTiny, source)
         codec = cls(_plain(autoencoder.config))
@@ -245,7 +247,7 @@ class TinyCodec(Codec):
         return codec
 
     @classmethod
-    def from_files(cls, folder):
+    def from_files(cls, folder: AnyPath) -> "TinyCodec":
         """The codec in a `folder` of its author's files: `*_encoder.pth` and `*_decoder.pth`, or `taef2.safetensors`.
 
         The number of latent channels and the pooled branch are read off the weights; half precision becomes float32.
@@ -259,14 +261,14 @@ class TinyCodec(Codec):
         _load_strict(codec.autoencoder.decoder.layers, decoder, files[1])
         return codec
 
-    def _encode_raw(self, images):
+    def _encode_raw(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         return self.autoencoder.encoder(images), None
 
-    def _decode_raw(self, raw):
+    def _decode_raw(self, raw: torch.Tensor) -> torch.Tensor:
         return self.autoencoder.decoder(raw)
 
 # %% ../nbs/21_codecs.ipynb #bd8b4b57
-def _read_tiny(folder):
+def _read_tiny(folder: Path) -> tuple[dict, dict, tuple[Path, Path]]:
     "The tensors of a TAESD-family folder: (encoder, decoder, the two files), keyed as diffusers numbers the layers."
     pairs = [(path, path.with_name(path.name.replace("_encoder.pth", "_decoder.pth")))
              for path in sorted(folder.glob("*_encoder.pth"))]
@@ -285,12 +287,12 @@ def _read_tiny(folder):
         state = load_file(path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: not a readable safetensors file ({_one_line(error)}); download it again") from None
-    parts = [{key.removeprefix(prefix): tensor.float() for key, tensor in state.items() if key.startswith(prefix)}
-             for prefix in ("encoder.layers.", "decoder.layers.")]
-    return *parts, (path, path)
+    encoder, decoder = ({key.removeprefix(prefix): tensor.float() for key, tensor in state.items() if key.startswith(prefix)}
+                        for prefix in ("encoder.layers.", "decoder.layers."))
+    return encoder, decoder, (path, path)
 
 
-def _read_pickle(path):
+def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
     "The tensors in a .pth file, as float32. Nothing in the file is executed."
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -305,7 +307,7 @@ def _read_pickle(path):
     return {str(key): tensor.float() for key, tensor in state.items()}
 
 
-def _load_strict(module, state, path):
+def _load_strict(module: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
     "Loads `state` into `module`; raises `InputError`, naming `path`, unless every key and shape is the same."
     wanted = {key: tensor.shape for key, tensor in module.state_dict().items()}
     found = {key: tensor.shape for key, tensor in state.items()}
@@ -316,7 +318,7 @@ def _load_strict(module, state, path):
     module.load_state_dict(state)
 
 
-def convert_tiny(source_folder, out_folder):
+def convert_tiny(source_folder: AnyPath, out_folder: AnyPath) -> TinyCodec:
     """Writes the author's files in `source_folder` as a safetensors folder that `load_codec` opens; returns the codec.
 
     The folder appears whole or not at all. Raises `InputError` if it exists already.
@@ -338,24 +340,25 @@ _hub = {
 _options = {"wavelet": ("wavelet", "levels", "image_channels"), "pixels": ("levels", "image_channels")}
 
 
-def load_codec(name="wavelet", **options):
+def load_codec(name: AnyPath = "wavelet", **options: Any) -> Codec:
     """The codec called `name`, frozen and in evaluation mode.
 
     `name`: wavelet, pixels, taef2, taesd, sd-vae-ft-ema, sd-vae-ft-mse, what an installed package offers under
     `adiff.codecs` (`adiff.extensions`), or a folder: one written by `save_pretrained` of a
     codec, an AutoencoderKL or an AutoencoderTiny, or one with NAME_encoder.pth and NAME_decoder.pth. Weights of a named
     codec come from `$ADIFF_WEIGHTS/name`, else from the hub's cache, else from the hub. `options` are the
-    arguments of the codecs wavelet (wavelet, levels, image_channels) and pixels (levels, image_channels). Raises `InputError` for an unknown name or option, and if the
-    weights are in none of the three places or cannot be read.
+    arguments of the codecs wavelet (wavelet, levels, image_channels) and pixels (levels, image_channels). Raises `InputError` for an
+    unknown name or option, and if the weights are in none of the three places or cannot be read.
     """
-    known = _options.get(name, ())
+    known = _options.get(str(name), ())
     unknown = sorted(options.keys() - set(known))
     if unknown:
         raise InputError(f"codec {str(name)!r} has no option {unknown[0]!r}; known: {', '.join(known) or 'none'}")
-    if name in CODECS:
+    if isinstance(name, str) and name in CODECS:
         codec = CODECS[name](**options)
         if not isinstance(codec, Codec):
-            raise InputError(f"codec {name!r}: an installed package makes a {type(codec).__name__} of that name, not a Codec; repair or uninstall it")
+            raise InputError(f"codec {name!r}: an installed package makes a {type(codec).__name__} of that name, not a Codec; "
+                             "repair or uninstall it")
     elif Path(name).is_dir():
         codec = _open_folder(Path(name))
     else:
@@ -363,7 +366,7 @@ def load_codec(name="wavelet", **options):
     return codec.eval().requires_grad_(False)
 
 
-def _open_folder(folder):
+def _open_folder(folder: Path) -> Codec:
     "The codec in a `folder` of any of the kinds that `load_codec` describes."
     if not (folder / "config.json").is_file():
         return TinyCodec.from_files(folder)
@@ -380,7 +383,7 @@ def _open_folder(folder):
                      f"TinyCodec, AutoencoderKL, AutoencoderTiny")
 
 
-def _load_named(name):
+def _load_named(name: str) -> Codec:
     "The codec called `name`, from the first of the three places that has it."
     weights = os.environ.get("ADIFF_WEIGHTS")
     if weights and (Path(weights) / name).is_dir():
@@ -396,7 +399,7 @@ def _load_named(name):
             raise InputError(f"codec {name!r}: no weights in {place}, nor in the hub's cache, nor on the hub "
                              f"({repository}: {type(error).__name__}); set ADIFF_WEIGHTS to a folder that holds "
                              f"{name}/, or connect to the network once") from None
-    return opener(Path(paths[0]).parent)
+    return opener(Path(str(paths[0])).parent)
 
 
 # Name -> what makes the codec; the first two need no weights.

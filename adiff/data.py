@@ -14,10 +14,12 @@ import stat
 import struct
 import zlib
 from collections import deque
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -27,12 +29,12 @@ from PIL.Image import DecompressionBombError
 from threadpoolctl import threadpool_limits
 from torch.nn import functional
 
-from .core import InputError, derive_seed, unknown_name
+from .core import AnyPath, InputError, derive_seed, unknown_name
 from .extensions import Extensible
 from .machine import usable_cores
 
 # %% ../nbs/10_data.ipynb #70819096
-def _from_array(values, name):
+def _from_array(values: np.ndarray, name: object) -> Image.Image:
     "A PIL image from (H, W) or (H, W, 1|3|4): bool, uint8, uint16 (65535 = white) or float in [0, 1]."
     values = values[..., 0] if values.ndim == 3 and values.shape[-1] == 1 else values
     if not (values.ndim == 2 or values.ndim == 3 and values.shape[-1] in (3, 4)) or not values.size:
@@ -51,7 +53,7 @@ def _from_array(values, name):
     return Image.fromarray(values)
 
 # %% ../nbs/10_data.ipynb #74286ea0
-def _to_rgb(image, name):
+def _to_rgb(image: Image.Image, name: object) -> Image.Image:
     "RGB, 8 bit, from any PIL mode that can be shown."
     if not image.width or not image.height:
         raise InputError(f"{name}: the image has no pixels")
@@ -68,7 +70,7 @@ def _to_rgb(image, name):
 
 # %% ../nbs/10_data.ipynb #fb968cab
 @contextmanager
-def _explained(name):
+def _explained(name: Any) -> Iterator[None]:
     "Turns what PIL raises about the image `name` into an `InputError` of one line."
     try:
         yield
@@ -83,7 +85,7 @@ def _explained(name):
         raise InputError(f"{name}: cannot be read as an image ({' '.join(str(error).split())})") from None
 
 
-def file_size(path):
+def file_size(path: AnyPath) -> int:
     "Bytes of the file at `path`. Raises `InputError` if there is none, or a pipe or device, which a reader would wait for."
     try:
         status = os.stat(path)
@@ -96,21 +98,21 @@ def file_size(path):
     return status.st_size
 
 
-def _open(path):
+def _open(path: AnyPath) -> Image.Image:
     "The upright PIL image at `path`, in its own mode. Raises `InputError`."
     file_size(path)
     with _explained(path), Image.open(path) as image:
         return ImageOps.exif_transpose(image)
 
 
-def _frame(path):
+def _frame(path: AnyPath) -> tuple[int, int]:
     "(width, height) of the upright image at `path`; only its header is read. Raises `InputError`."
     file_size(path)
     with _explained(path), Image.open(path) as image:
         return image.size[::-1] if image.getexif().get(ExifTags.Base.Orientation, 1) >= 5 else image.size
 
 # %% ../nbs/10_data.ipynb #20ebddbd
-def read_image(source):
+def read_image(source: Any) -> Image.Image:
     """RGB, 8-bit, upright PIL image from a path, a PIL image or a numpy array.
 
     Arrays: (H, W) or (H, W, 1|3|4), bool, uint8, uint16 or float in [0, 1]. 16 bits are scaled from 65535 to 255; EXIF
@@ -130,12 +132,12 @@ def read_image(source):
         return _to_rgb(image, name)
 
 # %% ../nbs/10_data.ipynb #717bc041
-def to_tensor(image):
+def to_tensor(image: Image.Image) -> torch.Tensor:
     "float32 (3, H, W) in [-1, 1] from an RGB image."
     return torch.from_numpy(np.array(image)).movedim(-1, 0).float() / 127.5 - 1
 
 
-def to_array(tensor):
+def to_array(tensor: torch.Tensor) -> np.ndarray:
     "uint8 (H, W, 3) from a (3, H, W) tensor in [-1, 1]; values outside are clipped."
     return ((tensor.detach().cpu().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(0, -1).numpy()
 
@@ -153,51 +155,51 @@ class Protocol:
     kind = "image"
     channels = 3
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 1 <= self.size <= self.resize:
             raise InputError(f"{self.name}: resize {self.resize}, crop {self.crop}; needs 1 <= crop <= resize")
 
     @property
-    def size(self):
+    def size(self) -> int:
         "Side of the square that comes out, in pixels."
         return self.resize if self.crop is None else self.crop
 
-    def at(self, size):
+    def at(self, size: int) -> "Protocol":
         "The same share of the frame at another output `size`: official at 128 is resized to 144, cropped to 128."
         resize = round(self.resize * size / self.size)
         return self if size == self.size else Protocol(f"{self.name}@{size}", resize, self.crop and size)
 
-    def config(self):
+    def config(self) -> str:
         "What a detector keeps of it in its configuration: the name."
         return self.name
 
-    def describe(self):
+    def describe(self) -> str:
         "One line for the notes under a number."
         return f"protocol {self.name}: resize {self.resize}, crop {self.crop}, mask > 0"
 
-    def axes(self):
+    def axes(self) -> None:
         "Labels and ticks for drawing a frame: none, a photograph explains itself."
         return None
 
-    def windows(self, source):
+    def windows(self, source: Any) -> list[int]:
         "Where the parts of a file begin that are looked at one by one: an image has one part."
         return [0]
 
-    def load(self, source, window=0):
+    def load(self, source: Any, window: float = 0) -> torch.Tensor:
         "float32 (3, size, size) in [-1, 1] from a path, a PIL image or an array. Raises `InputError`."
         return to_tensor(self.image(read_image(source)))
 
-    def picture(self, tensor):
+    def picture(self, tensor: torch.Tensor) -> np.ndarray:
         "uint8 (size, size, 3) to draw, from what `load` returns."
         return to_array(tensor)
 
-    def image(self, image):
+    def image(self, image: Image.Image) -> Image.Image:
         "PIL image, `size` x `size`, from a PIL image."
         margin = (self.resize - self.size) // 2
         resized = image.resize((self.resize, self.resize), Image.Resampling.BICUBIC)
         return resized.crop((margin, margin, margin + self.size, margin + self.size))
 
-    def mask(self, mask):
+    def mask(self, mask: Image.Image | None) -> np.ndarray:
         """bool (size, size), True = anomalous, from a PIL mask (any non-zero value is anomalous) or None (all False).
 
         As in the official code: resized like the image, then > 0. Bicubic weights spread, so the mask grows slightly.
@@ -206,7 +208,7 @@ class Protocol:
             return np.zeros((self.size, self.size), bool)
         return np.asarray(self.image(_binary(mask))) > 0
 
-    def place(self, anomaly_map, frame):
+    def place(self, anomaly_map: Any, frame: tuple[int, int]) -> np.ndarray:
         """float32 (height, width): a (size, size) map laid over the original `frame` = (width, height), bilinear.
 
         Zero outside the crop, where nothing was judged.
@@ -219,17 +221,17 @@ class Protocol:
         inside = (x.abs() <= 1) & (y.abs() <= 1)[:, None]
         return (placed * inside).float().numpy()
 
-    def _crop_coordinates(self, length):
+    def _crop_coordinates(self, length: int) -> torch.Tensor:
         "Pixel centres of an axis of `length` pixels: -1 and 1 are the edges of the crop."
         position = (torch.arange(length, dtype=torch.double) + 0.5) * self.resize / length
         return 2 * (position - (self.resize - self.size) // 2) / self.size - 1
 
 
-def _binary(mask):
+def _binary(mask: Image.Image) -> Image.Image:
     "PIL image of 0 and 255 from a mask of any mode: above 0 (a palette's index, any colour) is 255; alpha is ignored."
     values = np.asarray(mask)
     if values.ndim == 3:
-        values = values[..., :1 if mask.mode == "LA" else 3].any(axis=-1)
+        values = values[..., :1 if mask.mode == "LA" else 3].max(axis=-1)
     return Image.fromarray((values > 0) * np.uint8(255))
 
 # %% ../nbs/10_data.ipynb #6b436f8a
@@ -241,12 +243,12 @@ PROTOCOLS = {protocol.name: protocol for protocol in (OFFICIAL, FULL_FRAME)}
 SUFFIXES = {"image": (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"), "sound": (".flac", ".ogg", ".wav")}
 
 
-def kind_of(path):
+def kind_of(path: AnyPath) -> str | None:
     "\"image\", \"sound\", or None if the suffix of `path` is neither's."
     return next((kind for kind, suffixes in SUFFIXES.items() if Path(path).suffix.lower() in suffixes), None)
 
 
-def _listed(path, kinds=("image", "sound")):
+def _listed(path: Path, kinds: Collection[str] = ("image", "sound")) -> bool:
     """Whether `path` counts as a file of these kinds. A pipe or a link to nothing does, so that reading it tells what is wrong.
 
     Raises `InputError` for a name that no table could hold.
@@ -259,7 +261,7 @@ def _listed(path, kinds=("image", "sound")):
         raise InputError(f"{path}: the name is not in UTF-8; rename the file") from None
 
 
-def find_files(folder, kinds=("image", "sound")):
+def find_files(folder: AnyPath, kinds: Collection[str] = ("image", "sound")) -> list[Path]:
     "Sorted paths of all images and sounds in `folder` and below; hidden files are skipped. Raises `InputError` if there are none."
     folder = Path(folder)
     if not folder.is_dir():
@@ -271,19 +273,19 @@ def find_files(folder, kinds=("image", "sound")):
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 
-def find_images(folder):
+def find_images(folder: AnyPath) -> list[Path]:
     "Sorted paths of all images in `folder` and below; hidden files are skipped. Raises `InputError` if there are none."
     return find_files(folder, ("image",))
 
 
-def _files_in(folder):
+def _files_in(folder: Path) -> list[Path]:
     "Sorted paths of the images and sounds directly in `folder`; empty if there is no such folder."
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if not path.name.startswith(".") and _listed(path))
 
 
-def _folders_in(folder):
+def _folders_in(folder: Path) -> list[Path]:
     "Sorted paths of the visible folders directly in `folder`; empty if there is no such folder."
     return sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".") if folder.is_dir() else []
 
@@ -308,11 +310,11 @@ class Dataset:
     kind: str = "image"
 
     @property
-    def categories(self):
+    def categories(self) -> list[str]:
         "Sorted names; a category's position is its class number."
         return sorted(self.samples.category.unique())
 
-    def select(self, split, category=None):
+    def select(self, split: str, category: str | None = None) -> pd.DataFrame:
         "The rows of one split, of all categories or one. Raises `InputError` for a name that is not known."
         if split not in _splits:
             raise unknown_name("split", split, _splits)
@@ -321,19 +323,22 @@ class Dataset:
         rows = self.samples[self.samples.split == split]
         return (rows if category is None else rows[rows.category == category]).reset_index(drop=True)
 
-    def fingerprint(self):
-        "16 hex digits over every row and the sizes of its files in bytes; contents are not read. Raises `InputError` for a file that is gone."
-        def line(row):
+    def fingerprint(self) -> str:
+        """16 hex digits over every row and the sizes of its files in bytes; contents are not read.
+
+        Raises `InputError` for a file that is gone.
+        """
+        def line(row: Any) -> str:
             sizes = [file_size(self.root/file) for file in (row.path, row.mask) if file]
             return repr((row.path, row.category, row.split, int(row.label), row.mask, sizes))
         lines = sorted(map(line, self.samples.itertuples(index=False)))
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
-    def image(self, row):
+    def image(self, row: Any) -> Image.Image:
         "The RGB image of a `row` (from itertuples or iloc) of `samples`, as PIL. Raises `InputError`."
         return read_image(self.root/row.path)
 
-    def mask(self, row, protocol):
+    def mask(self, row: Any, protocol: Any) -> np.ndarray | None:
         """bool (size, size) of a `row` of `samples`: all False if normal, None if anomalous without a mask, or a sound.
 
         Raises `InputError` if the mask cannot be read or is not of its image's size.
@@ -350,7 +355,7 @@ class Dataset:
         return protocol.mask(mask)
 
 # %% ../nbs/10_data.ipynb #a2ce9723
-def _hold_out(samples):
+def _hold_out(samples: pd.DataFrame) -> pd.DataFrame:
     "`samples` where each category without validation rows gives a tenth (rounded, at least 1) of its training rows."
     samples = samples.copy()
     for _, rows in samples.groupby("category"):
@@ -361,7 +366,7 @@ def _hold_out(samples):
     return samples
 
 # %% ../nbs/10_data.ipynb #fcaff9b6
-def _finish(root, name, rows, notes):
+def _finish(root: Path, name: str, rows: list, notes: list[str]) -> Dataset:
     "The `Dataset` of all `rows`, with held-out normals and the notes that can be read off the table."
     samples = pd.DataFrame(rows, columns=_columns)
     first = samples.path.groupby(samples.path.map(kind_of)).first()
@@ -388,7 +393,7 @@ def _finish(root, name, rows, notes):
     return Dataset(root, name, split, notes, kind)
 
 
-def _chosen(categories, known):
+def _chosen(categories: str | Sequence[str], known: list[str]) -> list[str]:
     "The names among `known` that `categories` ('all', comma-separated, or a list) asks for. Raises `InputError`."
     if isinstance(categories, str):
         categories = known if categories.strip() == "all" else [name.strip() for name in categories.split(",")]
@@ -400,9 +405,9 @@ def _chosen(categories, known):
     return sorted(set(categories))
 
 # %% ../nbs/10_data.ipynb #fb05fd19
-def _mvtec_rows(folder):
+def _mvtec_rows(folder: Path) -> list[tuple]:
     "Rows of one category folder in the MVTec AD layout, paths relative to its parent."
-    def row(image, split, defect):
+    def row(image: Path, split: str, defect: str) -> tuple:
         masks = [] if defect == "good" else _files_in(folder/"ground_truth"/defect)
         mask = next((mask for mask in masks if mask.stem in (f"{image.stem}_mask", image.stem)), None)
         relative = [path.relative_to(folder.parent).as_posix() if path else "" for path in (image, mask)]
@@ -411,7 +416,7 @@ def _mvtec_rows(folder):
     return rows + [row(image, "test", kind.name) for kind in _folders_in(folder/"test") for image in _files_in(kind)]
 
 
-def _read_mvtec(folders, name, categories):
+def _read_mvtec(folders: list[Path], name: str, categories: str | Sequence[str]) -> Dataset | None:
     "The `Dataset` of the category folders in the MVTec AD layout among `folders`; None if there is none."
     rows = {folder.name: _mvtec_rows(folder) for folder in folders}
     known = sorted(category for category in rows if rows[category])
@@ -422,11 +427,11 @@ def _read_mvtec(folders, name, categories):
     return _finish(folders[0].parent, name, [row for category in chosen for row in rows[category]], notes)
 
 # %% ../nbs/10_data.ipynb #ad65bbae
-_meaning = {"split": {"train": "train", "val": "validation", "validation": "validation", "test": "test"},
+_meaning: dict[str, dict] = {"split": {"train": "train", "val": "validation", "validation": "validation", "test": "test"},
             "label": {"normal": 0, "0": 0, "anomaly": 1, "1": 1}}
 
 
-def read_csv_table(file, columns):
+def read_csv_table(file: AnyPath, columns: Iterable[str]) -> pd.DataFrame:
     "A CSV table of strings that has at least these `columns` and a row. Raises `InputError` naming the file."
     file_size(file)
     try:
@@ -441,17 +446,17 @@ def read_csv_table(file, columns):
     return table
 
 
-def _leaves_the_root(paths):
+def _leaves_the_root(paths: pd.Series) -> pd.Series:
     "Whether one of the `paths`, a line each, leads out of the folder that it is relative to, or is no path."
     return any(PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts or "\0" in path for path in paths.split("\n"))
 
 
-def _is_no_name(text):
+def _is_no_name(text: str) -> bool:
     "Whether a folder or file could not be called `text`."
     return text in ("", ".", "..") or any(one in "/\\" or not one.isprintable() for one in text)
 
 
-def _table_samples(file):
+def _table_samples(file: AnyPath) -> pd.DataFrame:
     "The rows of a split table, in `Dataset`'s columns. Raises `InputError` naming the file and, where it can, the row."
     table = read_csv_table(file, ("object", "split", "label", "image"))
     for name, meaning in _meaning.items():
@@ -474,7 +479,7 @@ def _table_samples(file):
     return samples
 
 # %% ../nbs/10_data.ipynb #19147373
-def _read_table(root, categories, file):
+def _read_table(root: Path, categories: str | Sequence[str], file: AnyPath) -> Dataset:
     "The `Dataset` of the files under `root` that the split table `file` lists."
     samples = _table_samples(file)
     chosen = _chosen(categories, sorted(samples.category.unique()))
@@ -492,26 +497,30 @@ def _read_table(root, categories, file):
     return _finish(root, root.name, present.to_numpy().tolist(), notes)
 
 # %% ../nbs/10_data.ipynb #b075c2fc
-READERS = Extensible("dataset", {})  # name -> function (root, categories) that returns a `Dataset`, or None for a layout that is not its own
+# name -> function (root, categories) that returns a `Dataset`, or None for a layout that is not its own
+READERS = Extensible("dataset", {})
 
 
-def _read_extension(root, categories):
+def _read_extension(root: Path, categories: str | Sequence[str]) -> Dataset | None:
     "The `Dataset` of the first installed reader that knows the layout of `root`, completed like every other; None if none does."
     for name, reader in READERS.items():
         found = reader(root, categories)
         if found is None:
             continue
         if not isinstance(found, Dataset) or not set(_columns) <= set(found.samples):
-            raise InputError(f"{root}: the installed reader {name!r} returns no Dataset whose samples have the columns {', '.join(_columns)}; "
-                             "repair or uninstall it")
+            raise InputError(f"{root}: the installed reader {name!r} returns no Dataset whose samples have the columns "
+                             f"{', '.join(_columns)}; repair or uninstall it")
         rows = found.samples[found.samples.category.isin(_chosen(categories, found.categories))]
-        return _finish(Path(found.root), found.name, rows[_columns].to_numpy().tolist(), [f"layout read by the installed reader {name}", *found.notes])
+        return _finish(Path(found.root), found.name, rows[_columns].to_numpy().tolist(),
+                       [f"layout read by the installed reader {name}", *found.notes])
+    return None
 
 
-def read_dataset(root, categories="all", split_table=None):
+def read_dataset(root: AnyPath, categories: str | Sequence[str] = "all", split_table: AnyPath | None = None) -> Dataset:
     """The `Dataset` in folder `root`: MVTec AD layout, VisA, UrbanSound8K, any root with a `split_table` (CSV), a plain folder.
 
-    Before a folder is taken for a plain one, the readers are asked that installed packages offer under `adiff.datasets` (`adiff.extensions`).
+    Before a folder is taken for a plain one, the readers are asked that installed packages offer under `adiff.datasets`
+    (`adiff.extensions`).
     `categories`: "all", names separated by commas, or a list. Absent files, missing masks, skipped folders and held-out
     normals are told in `notes`. Raises `InputError` for an unknown category or a folder that fits no layout.
     """
@@ -541,15 +550,17 @@ def read_dataset(root, categories="all", split_table=None):
     return _finish(root, root.name, rows, [note])
 
 # %% ../nbs/10_data.ipynb #0c1b0406
-def read_ahead(read, batches, ahead=2):
+def read_ahead(read: Callable[[Any], Any], batches: Iterable[tuple[Any, Iterable]],
+               ahead: int = 2) -> Generator[tuple[Any, list], None, None]:
     """Yields, for each pair (label, items) of `batches`, the label and [read(item) for item in items].
 
     Meanwhile up to 8 threads read the items of the next `ahead` batches. What `read` raises is raised here, when its batch is due; when
     the generator ends or is closed, the threads are gone.
     """
-    pool, waiting = ThreadPoolExecutor(min(8, usable_cores()), "read_ahead", _without_team), deque()
+    pool = ThreadPoolExecutor(min(8, usable_cores()), "read_ahead", _without_team)
+    waiting: deque = deque()
 
-    def due():
+    def due() -> tuple[Any, list]:
         label, reading = waiting.popleft()
         return label, [one.result() for one in reading]
 
@@ -564,7 +575,7 @@ def read_ahead(read, batches, ahead=2):
         pool.shutdown(cancel_futures=True)
 
 
-def _without_team():
+def _without_team() -> None:
     """Keeps OpenMP from giving the calling thread a team of threads of its own.
 
     With more teams than cores, OpenMP no longer waits actively, and every small operation of the main thread takes twice as long.
@@ -573,10 +584,10 @@ def _without_team():
     threadpool_limits(1, user_api="openmp")
 
 
-def stacked(frames):
+def stacked(frames: Sequence[torch.Tensor]) -> torch.Tensor:
     "Frames (channels, size, size) as a batch; page-locked where there is CUDA, so that `.to(device, non_blocking=True)` overlaps."
     batch = torch.empty(len(frames), *frames[0].shape, dtype=frames[0].dtype, pin_memory=torch.cuda.is_available())
-    return torch.stack(frames, out=batch)
+    return torch.stack(list(frames), out=batch)
 
 # %% ../nbs/10_data.ipynb #1109fb33
 class Frames(torch.utils.data.Dataset):
@@ -585,26 +596,26 @@ class Frames(torch.utils.data.Dataset):
     `row` (len(self),) int64 is the position in `rows` that each comes from: a long sound gives several.
     """
 
-    def __init__(self, dataset, rows, frame):
+    def __init__(self, dataset: Dataset, rows: pd.DataFrame, frame: Any) -> None:
         self.paths, self.frame = [os.path.join(dataset.root, path) for path in rows.path], frame
         self.parts = [(index, window) for index, path in enumerate(self.paths) for window in frame.windows(path)]
         self.row = torch.tensor([index for index, _ in self.parts], dtype=torch.int64)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.parts)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> torch.Tensor:
         row, window = self.parts[index]
         return self.frame.load(self.paths[row], window)
 
-    def batches(self, batch_size=16, indices=None):
+    def batches(self, batch_size: int = 16, indices: torch.Tensor | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         "Those of `indices` (n,), or all, in order, batch by batch, read ahead: indices (n,) and frames (n, channels, size, size)."
         indices = torch.arange(len(self)) if indices is None else indices
         for part, frames in read_ahead(self.__getitem__, ((part, part.tolist()) for part in indices.split(batch_size))):
             yield part, stacked(frames)
 
 
-def sample_of(count, at_most=1000):
+def sample_of(count: int, at_most: int = 1000) -> torch.Tensor:
     "Positions (n,) of `at_most` of `count` things, in order, always the same: enough to measure a mean and a standard deviation on."
     if count <= at_most:
         return torch.arange(count)

@@ -6,15 +6,18 @@
 __all__ = ['DECO_DIFF_PRESETS', 'DECO_DIFF_SOUNDS', 'DeCoDiffConfig', 'build_deco_diff']
 
 # %% ../nbs/30_deco_diff.ipynb #c8f80d90
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field
 
+from .audio import LogMel
 from .core import InputError, derive_seed, set_seed
+from .data import Protocol
 from .deviation import DeviationCorrection, MaskedForwardProcess, official_patches
 from .discrepancy import DeviationDiscrepancy
 from .pipeline import AnomalyDetector
-from .training import DetectorConfig, checked, make_codec
+from .training import DetectorConfig, make_codec
 from .unet import UNET_SIZES, ClassTokenUNet
 
 # %% ../nbs/30_deco_diff.ipynb #a33b575a
@@ -24,7 +27,7 @@ class DeCoDiffConfig(DetectorConfig):
     codec: str = Field("sd-vae-ft-ema", description="wavelet, taef2, taesd, sd-vae-ft-ema, sd-vae-ft-mse or a folder")
     latent_scale: Literal["given", "measured"] = Field("given", description="measured: unit variance per channel on the normals")
     image_size: int | None = Field(256, ge=16, le=4096, description="side of the square images the codec sees; null: 16 x 16 latent cells")
-    unet: Literal[tuple(UNET_SIZES)] = "L"
+    unet: Literal[tuple(UNET_SIZES)] = "L"  # type: ignore[valid-type] # the sizes are named where they are defined
     dropout: float = Field(0.4, ge=0, lt=1)
     patch_sizes: list[int] | None = Field(None, description="null: the official table for the latent's size")
     patch_size_per: Literal["batch", "image"] = "batch"
@@ -60,7 +63,7 @@ DECO_DIFF_PRESETS = {
 DECO_DIFF_SOUNDS = dict(num_inference_steps=5, starting_step=None, discrepancy_levels=["pixel", "latent"])
 
 # %% ../nbs/30_deco_diff.ipynb #533830a5
-def build_deco_diff(config, categories, frame):
+def build_deco_diff(config: DeCoDiffConfig, categories: Sequence[str], frame: Protocol | LogMel) -> AnomalyDetector:
     """An untrained `AnomalyDetector` with DeCo-Diff's parts, for a `DeCoDiffConfig`, the names of the categories and a frame.
 
     Raises `InputError` if the codec's weights are not found or the image size does not fit the codec and the network.

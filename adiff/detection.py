@@ -8,8 +8,10 @@ __all__ = ['colour_range', 'draw_image', 'JoinedWindows', 'draw_sound', 'expand_
 # %% ../nbs/53_detection.ipynb #be6a3ee0
 import math
 import os
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -17,22 +19,23 @@ import torch
 from PIL import Image
 
 from . import figures
-from .core import InputError, atomic_path, ensure_folder, progress, resolve_device
-from .data import find_files, read_ahead, read_image
+from .audio import LogMel
+from .core import AnyPath, InputError, atomic_path, ensure_folder, progress, resolve_device
+from .data import Protocol, find_files, read_ahead, read_image
 from .machine import use_machine
 from .pipeline import AnomalyDetector, map_scores
 
 # %% ../nbs/53_detection.ipynb #39dd50f7
-def colour_range(anomaly_map, threshold, limit):
+def colour_range(anomaly_map: Any, threshold: float | None, limit: float | None) -> tuple[float, float]:
     "The values (vmin, vmax) that span the colours of a map: from half the `threshold` to the `limit` of its discrepancy, if any."
     vmin = threshold / 2 if threshold and threshold > 0 else min(0.0, float(anomaly_map.min()))
     vmax = limit or max(4 * vmin, vmin + 1e-6) if threshold and threshold > 0 else limit or float(anomaly_map.max()) + 1e-6
     return vmin, max(vmax, vmin + 1e-6)
 
 
-def draw_image(path, image, detector, anomaly_map, threshold):
+def draw_image(path: AnyPath, image: Image.Image, detector: AnomalyDetector, anomaly_map: Any, threshold: float | None) -> None:
     "Writes the overlay of one PIL `image` to `path`, at the image's own size."
-    placed = detector.frame.place(anomaly_map, image.size)
+    placed = cast(Protocol, detector.frame).place(anomaly_map, image.size)
     vmin, vmax = colour_range(anomaly_map, threshold, detector.discrepancy.limit)
     Image.fromarray(figures.overlay(np.asarray(image), placed, threshold, vmin, vmax)).save(path)
 
@@ -47,16 +50,16 @@ class JoinedWindows:
     (bands, columns), at most 4096 columns.
     """
 
-    def __init__(self, frame, starts):
+    def __init__(self, frame: LogMel, starts: Sequence[float]) -> None:
         self.frame, self.seconds = frame, starts[-1] + frame.seconds
         columns = self._column(starts[-1]) + frame.size
         self.shared = math.ceil(columns / _most_columns)
         self.spectrogram, self.map = np.full((2, frame.size, math.ceil(columns / self.shared)), -np.inf, np.float32)
 
-    def _column(self, start):
+    def _column(self, start: float) -> int:
         return round(start * self.frame.size / self.frame.seconds)
 
-    def add(self, start, tensor, anomaly_map):
+    def add(self, start: float, tensor: torch.Tensor, anomaly_map: torch.Tensor) -> None:
         "Joins the window that begins at `start`: what the frame loaded, (1, size, size), and its map (size, size)."
         columns = (self._column(start) + np.arange(self.frame.size)) // self.shared
         first = np.flatnonzero(np.diff(columns, prepend=-1))
@@ -65,14 +68,14 @@ class JoinedWindows:
             np.maximum(place, np.maximum.reduceat(part.numpy(), first, axis=1), out=place)
 
 
-def draw_sound(path, joined, detector, threshold):
+def draw_sound(path: AnyPath, joined: JoinedWindows, detector: AnomalyDetector, threshold: float | None) -> None:
     "Writes spectrogram, map and curve over time of a sound, `JoinedWindows`, to `path`."
     vmin, vmax = colour_range(joined.map, threshold, detector.discrepancy.limit)
     spectrogram = joined.frame.picture(torch.from_numpy(joined.spectrogram)[None])
     figures.save_figure(figures.sound_figure(spectrogram, joined.map, joined.seconds, joined.frame.axes(), threshold, vmin, vmax), path)
 
 # %% ../nbs/53_detection.ipynb #d6f84a6f
-def expand_paths(paths, kind):
+def expand_paths(paths: Iterable[AnyPath], kind: str) -> list[Path]:
     "All files of a kind (\"image\" or \"sound\") named by `paths` (files and folders, folders searched through), each once, in order."
     files = [file for path in map(Path, paths) for file in (find_files(path, (kind,)) if path.is_dir() else [path])]
     return list(dict.fromkeys(files))
@@ -81,32 +84,38 @@ def expand_paths(paths, kind):
 class Finding:
     "What has been found in one `file` so far: its `row` of the table, the scores of its windows, and what a picture of it needs."
 
-    def __init__(self, file):
-        self.file, self.starts, self.scores = file, [], []
-        self.picture = self.image = self.map = None
-        self.row = {"path": str(file), "score": None, "normalized_score": None, "threshold": None, "anomalous": None, "overlay": "", "error": ""}
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.starts: Sequence[float] = ()
+        self.scores: list[float] = []
+        self.picture: JoinedWindows | None = None
+        self.image: Any = None
+        self.map: Any = None
+        self.row: dict[str, Any] = {"path": str(file), "score": None, "normalized_score": None, "threshold": None, "anomalous": None,
+                                    "overlay": "",
+                    "error": ""}
 
-    def load(self, frame, start):
+    def load(self, frame: Protocol | LogMel, start: float) -> torch.Tensor | InputError:
         "What the `frame` sees of the file from `start` on, or the `InputError` that says why it sees nothing."
         try:
-            source = self.file
+            source: Any = self.file
             if frame.kind == "image":
                 source = self.image = read_image(self.file)  # read once, for the detector and for the picture
             return frame.load(source, start)
         except InputError as error:
             return error
 
-    def add(self, frame, start, tensor, anomaly_map, score):
+    def add(self, frame: Protocol | LogMel, start: float, tensor: torch.Tensor, anomaly_map: torch.Tensor, score: float) -> bool:
         "One more window; whether it was the last one."
         self.scores.append(score)
-        if frame.kind == "sound":
+        if isinstance(frame, LogMel):
             self.picture = self.picture or JoinedWindows(frame, self.starts)
             self.picture.add(start, tensor, anomaly_map)
         else:
             self.map = anomaly_map
         return len(self.scores) == len(self.starts)
 
-    def draw(self, path, detector):
+    def draw(self, path: AnyPath, detector: AnomalyDetector) -> None:
         "Writes its picture to `path`."
         if self.picture:
             draw_sound(path, self.picture, detector, self.row["threshold"])
@@ -114,7 +123,8 @@ class Finding:
             draw_image(path, self.image, detector, self.map, self.row["threshold"])
 
 
-def detect_files(model, paths, out_dir, category=None, batch_size=16, device="auto"):
+def detect_files(model: AnyPath, paths: Iterable[AnyPath], out_dir: AnyPath, category: str | None = None, batch_size: int = 16,
+                 device: str = "auto") -> pd.DataFrame:
     """Runs the detector saved in folder `model` on files and folders `paths`; writes `out_dir`/scores.csv and a picture for each.
 
     Returns the table: path, score, normalized_score, threshold, anomalous (True, False, or empty without calibration), overlay
@@ -135,10 +145,11 @@ def detect_files(model, paths, out_dir, category=None, batch_size=16, device="au
     if not files:
         raise InputError(f"{own}: holds what detection has drawn, and there is nothing else to detect in; name other files")
     root = Path(os.path.commonpath([file.absolute().parent for file in files]))
-    rows, windows, out_dir = [], [], Path(out_dir)
+    windows: list[dict] = []
+    rows, out_dir = [], Path(out_dir)
     bar = progress(total=len(files), desc="detecting", unit=frame.kind)
 
-    def parts():
+    def parts() -> Iterator[tuple[Finding, float]]:
         for file in files:
             found = Finding(file)
             rows.append(found.row)
@@ -150,12 +161,12 @@ def detect_files(model, paths, out_dir, category=None, batch_size=16, device="au
                 if not found.row["error"]:
                     yield found, start
 
-    def fail(found, error):
+    def fail(found: Finding, error: InputError) -> None:
         if not found.row["error"]:
             found.row["error"] = str(error)
             bar.update()
 
-    def finish(found):
+    def finish(found: Finding) -> None:
         row, best = found.row, np.max(found.scores, keepdims=True)
         row["score"] = float(best[0])
         if calibrated := detector.calibrated(best, [category]):

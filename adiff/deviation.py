@@ -117,7 +117,8 @@ class MaskedForwardProcess(SchedulerMixin, ConfigMixin):
     def sample(self, z0, generator=None):
         """Corrupts clean latents `z0` (N, C, h, w) at random timesteps: a `ForwardSample`. Draws happen on z0's device.
 
-        Only patch sizes are drawn without `generator` on the CPU, since their number decides what is computed: a GPU need not be waited for.
+        Only patch sizes are drawn without `generator` on the CPU, since their number decides what is computed: a GPU need not be waited
+        for.
         """
         draw = dict(generator=generator, device=z0.device)
         n, _, height, width = z0.shape
@@ -164,7 +165,7 @@ class DeviationCorrection(SchedulerMixin, ConfigMixin):
     def set_timesteps(self, num_inference_steps):
         "Chooses the timesteps to visit, highest first. Raises `InputError` if no integer stride gives that many."
         total, start = self.config.num_train_timesteps, self.config.starting_step
-        strides = {len(range(0, total, stride)): range(0, total, stride) for stride in range(total - 1, 0, -1)}
+        strides = {len(range(0, total, stride)): list(range(0, total, stride)) for stride in range(total - 1, 0, -1)}
         if start is not None:
             strides[1] = [start]
         if num_inference_steps not in strides:

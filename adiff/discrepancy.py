@@ -8,6 +8,7 @@ __all__ = ['gaussian_smooth', 'mirror_resize', 'cosine_discrepancy', 'Discrepanc
 # %% ../nbs/40_discrepancy.ipynb #9872cff0
 import itertools
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -62,8 +63,13 @@ class Discrepancy(ModelMixin, ConfigMixin):
     `compares_images`, whether it looks at `reference` and `reconstruction`: else no reference is decoded.
     """
 
-    limit, normalized = None, False
-    compares_images = True
+    limit: float | None = None
+    normalized = False
+
+    @property
+    def compares_images(self):
+        "Whether `forward` looks at `reference` and `reconstruction`."
+        return True
 
     def forward(self, z, corrected, reference, reconstruction, size, network=None):
         """All maps as a dict, name -> float32 (N, size, size), larger = more anomalous; "anomaly" is the final one.
@@ -120,7 +126,7 @@ class DeviationDiscrepancy(Discrepancy):
             raise unknown_name("combination", combination, ("geometric", "arithmetic"))
         # A module of diffusers must hold a tensor to know its device and type; these are always there.
         self.register_buffer("caps", torch.tensor([pixel_cap, latent_cap]))
-        self.features = FrozenFeatures(feature_backbone) if "feature" in levels else None
+        self.features: Any = FrozenFeatures(feature_backbone) if "feature" in levels else None
 
     @property
     def compares_images(self):

@@ -13,7 +13,9 @@ import subprocess
 import sys
 import tempfile
 import threading
+from io import BufferedReader, BufferedWriter
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -61,7 +63,7 @@ def fit_in_processes(processes, **arguments):
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
                 env={**os.environ, "OMP_NUM_THREADS": threads}) as torchrun:
             try:
-                for printed in iter(torchrun.stdout.read1, b""):
+                for printed in iter(cast(BufferedReader, torchrun.stdout).read1, b""):
                     record.write(printed)
                     if not refused.exists():  # after that, torchrun only tells at length that a process has left
                         sys.stderr.write(decode(printed))
@@ -69,10 +71,10 @@ def fit_in_processes(processes, **arguments):
             except BaseException:  # Ctrl-C above all
                 torchrun.terminate()  # it passes that on, and kills after half a minute those that have not left
                 try:
-                    for printed in iter(torchrun.stdout.read1, b""):
+                    for printed in iter(cast(BufferedReader, torchrun.stdout).read1, b""):
                         record.write(printed)
                 finally:  # of a second Ctrl-C
-                    torchrun.stdin.close()
+                    cast(BufferedWriter, torchrun.stdin).close()
                 raise
         if refused.exists():
             raise InputError(refused.read_text())

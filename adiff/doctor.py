@@ -34,7 +34,8 @@ class Finding:
 # %% ../nbs/56_doctor.ipynb #d0c70009
 def _clone():
     "The folder of the clone that adiff is imported from, or None."
-    folder = Path(importlib.util.find_spec("adiff").origin).resolve().parent.parent
+    spec = importlib.util.find_spec("adiff")
+    folder = Path(str(spec and spec.origin)).resolve().parent.parent
     return folder if (folder / "settings.ini").is_file() else None
 
 
@@ -45,10 +46,10 @@ def _plain_name(package):
 
 def _requirements():
     "{package: the extra that asks for it, or None if adiff itself does}."
-    found = {}
-    for line in importlib.metadata.requires("adiff"):
+    found: dict[str, str | None] = {}
+    for line in importlib.metadata.requires("adiff") or ():
         extra = re.search(r"""extra == ['"]([\w-]+)['"]""", line)
-        found.setdefault(re.match(r"[\w.-]+", line)[0], extra and extra[1])
+        found.setdefault(re.split(r"[^\w.-]", line)[0], extra[1] if extra else None)
     return found
 
 
@@ -272,10 +273,10 @@ def _weights(out):
     findings = []
     for name, (_, repository, files) in codecs._hub.items():
         what, cached = f"codec {name}", [try_to_load_from_cache(repository, file) for file in files]
-        if first is None and (Path(own) / name).is_dir():
+        if own is not None and (Path(own) / name).is_dir():
             findings.append(Finding(what, "ok", str(Path(own) / name)))
         elif all(isinstance(path, str) for path in cached):
-            findings.append(Finding(what, "ok", str(Path(cached[0]).parent)))
+            findings.append(Finding(what, "ok", str(Path(str(cached[0])).parent)))
         else:
             hub = "HF_HUB_OFFLINE is set, so the hub will not be asked" if offline else f"next place: hub, {repository}, at first use"
             findings.append(Finding(what, "missing", f"{first or f'not in {own}'}; not in the hub's cache; {hub}",
@@ -343,10 +344,11 @@ def _attempt(name, out):
     try:
         return check(out)
     except Exception as error:  # a broken package can raise anything, and that is what we are here to say
-        while error.__cause__ is not None:  # the first in the chain knows most
-            error = error.__cause__
-        said = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
-        return [Finding(name, state, f"{type(error).__name__}: {said[:200]}", meaning, remedy)]
+        first: BaseException = error
+        while first.__cause__ is not None:  # the first in the chain knows most
+            first = first.__cause__
+        said = next((line.strip() for line in str(first).splitlines() if line.strip()), "no message")
+        return [Finding(name, state, f"{type(first).__name__}: {said[:200]}", meaning, remedy)]
 
 
 def _answer(path, out, *names):

@@ -9,7 +9,6 @@ __all__ = ['logger', 'ENGINES', 'execute', 'main', 'Engine', 'command', 'visible
 # %% ../nbs/61_engines.ipynb #66e04e22
 import contextlib
 import datetime
-import json
 import logging
 import os
 import re
@@ -35,8 +34,8 @@ def execute(folder, device="auto"):
     """Carries out the run in `folder` (its run.json) with papermill; returns None, or the one line that says why it failed.
 
     Writes notebook.ipynb, log.txt, and done.json or failed.json. A run that is done is left alone; one that was interrupted goes on
-    where its notebook can (parameter `resume`). Raises `InputError` if another process is at it, and after Ctrl-C or SIGTERM, which are passed
-    on to the notebook, `KeyboardInterrupt`: the run is not done then, but has not failed either.
+    where its notebook can (parameter `resume`). Raises `InputError` if another process is at it, and after Ctrl-C or SIGTERM, which are
+    passed on to the notebook, `KeyboardInterrupt`: the run is not done then, but has not failed either.
     """
     folder = Path(folder)
     if not (folder/"run.json").is_file():
@@ -54,7 +53,7 @@ def execute(folder, device="auto"):
                 _papermill(run["notebook"], folder, {**run["parameters"], **{key: own[key] for key in run["takes"] if key in own}})
         except Exception as problem:  # whatever a notebook raises is its result
             if stop.number or getattr(problem, "ename", None) in ("KeyboardInterrupt", "Terminated"):
-                interrupt(stop.number)
+                interrupt(stop.number or signal.SIGINT)
             error = _one_line(problem)
         result = {"identity": run["identity"], "seconds": round(time.monotonic() - began, 3),
                   "finished": datetime.datetime.now().astimezone().isoformat(timespec="seconds")}
@@ -125,9 +124,11 @@ def _die_with_parent():
 
 # %% ../nbs/61_engines.ipynb #08f04f91
 class Engine(ABC):
-    "What carries out runs, from a queue. `waits` says whether its runs end while it is watched, or later; `at_once` how many go on together, if it knows."
+    """What carries out runs, from a queue. `waits` says whether its runs end while it is watched, or later; `at_once` how many go on
+    together, if it knows."""
 
-    waits, at_once = True, None
+    waits = True
+    at_once: int | None = None
 
     def __init__(self):
         self.queue = []
@@ -149,7 +150,7 @@ class Engine(ABC):
         "The runs that are being carried out now."
         return []
 
-    def cancel(self):
+    def cancel(self):  # noqa: B027  where a run is over when `poll` says so, there is nothing to end
         "Ends what is running; what it has saved stays."
 
 # %% ../nbs/61_engines.ipynb #bf48d7bc
@@ -181,11 +182,11 @@ class LocalEngine(Engine):
     def __init__(self, jobs=None, device="auto", memory_gb=3, runs=None):
         super().__init__()
         gpus = visible_gpus() if device in ("auto", "cuda") else []
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         fits = max(1, int(available_memory_gb() // memory_gb))
-        self.at_once = jobs or max(1, min(len(gpus) or cores, fits, runs or fits))
-        self.device, self.threads = device, max(1, cores // self.at_once)
-        shares = [gpus[slot::self.at_once] or [gpus[slot % len(gpus)]] if gpus else None for slot in range(self.at_once)]
+        self.at_once = at_once = jobs or max(1, min(len(gpus) or cores, fits, runs or fits))
+        self.device, self.threads = device, max(1, cores // at_once)
+        shares = [gpus[slot::at_once] or [gpus[slot % len(gpus)]] if gpus else None for slot in range(at_once)]
         self.free = [",".join(share) if share else None for share in shares]
         self.children = {}
 
@@ -223,7 +224,8 @@ def _child(folder, device, settings):
 
 
 def _stop_runs(children, patience=30):
-    "Ends runs so that their trainings write a checkpoint; those that have not ended after `patience` seconds, or a second Ctrl-C, are killed."
+    """Ends runs so that their trainings write a checkpoint; those that have not ended after `patience` seconds, or a second Ctrl-C, are
+    killed."""
     import psutil  # unlike Popen.wait, it may be called in a signal handler that has interrupted a Popen.wait
 
     processes = [psutil.Process(child.pid) for child in children if child.returncode is None]
@@ -305,7 +307,7 @@ class SubmititEngine(Engine):
 
     def _start(self):
         "Submits what has room: on Slurm all in one array, locally (where submitit has no queue) a few at a time."
-        room = self.at_once - len(self.jobs) if self.local else len(self.queue)
+        room = (self.at_once or 0) - len(self.jobs) if self.local else len(self.queue)
         starting, self.queue = self.queue[:room], self.queue[room:]
         if starting:
             self.jobs.update(zip(starting, self.executor.map_array(_Task(self.device), map(str, starting))))
@@ -320,7 +322,8 @@ class SubmititEngine(Engine):
                 ended.remove(folder)
                 self.queue.append(folder)
             else:
-                write_json(folder/"failed.json", {"error": f"job {job.job_id} ended as {job.state}; see {job.paths.stderr}", "seconds": None})
+                write_json(folder/"failed.json",
+                           {"error": f"job {job.job_id} ended as {job.state}; see {job.paths.stderr}", "seconds": None})
         self._start()
         return ended
 
@@ -366,7 +369,8 @@ class SbatchEngine(Engine):
         with atomic_path(self.folder/"folders.txt") as path:
             path.write_text("".join(f"{folder}\n" for folder in folders), encoding="utf-8")
         script = _array_script.format(
-            last=len(folders) - 1, limit=f"%{self.at_once}" if self.at_once else "", logs=str(self.folder.resolve()/"logs").replace("%", "%%"),
+            last=len(folders) - 1, limit=f"%{self.at_once}" if self.at_once else "",
+            logs=str(self.folder.resolve()/"logs").replace("%", "%%"),
             options="\n".join(f"#SBATCH --{name}={value}" for name, value in self.options.items()), device=shlex.quote(self.device),
             folders=shlex.quote(str(self.folder.resolve()/"folders.txt")), python=shlex.quote(sys.executable))
         with atomic_path(self.folder/"array.sh") as path:

@@ -17,11 +17,12 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 import pandas as pd
@@ -32,10 +33,11 @@ from torch.nn import functional
 
 from . import figures
 from .adiff import ADIFF_PRESETS, ADIFF_SOUNDS, DDPM_PRESETS, SIMPLEX_PRESETS, ADiffConfig, build_adiff
+from .audio import LogMel
 from .baselines import BASELINES
-from .core import (InputError, atomic_folder, atomic_path, ensure_folder, locked, progress, read_json, remove_leftovers,
+from .core import (AnyPath, InputError, atomic_folder, atomic_path, ensure_folder, locked, progress, read_json, remove_leftovers,
                         resolve_device, unknown_name, versions, write_json)
-from .data import Frames, read_dataset, sample_of
+from .data import Dataset, Frames, Protocol, read_dataset, sample_of
 from .deco_diff import DECO_DIFF_PRESETS, DECO_DIFF_SOUNDS, DeCoDiffConfig, build_deco_diff
 from .distributed import count_processes, fit_in_processes, launched_processes
 from .extensions import Extensible, extension_versions
@@ -43,7 +45,7 @@ from .machine import use_machine
 from .metrics import (PixelCounts, counted_pro_curve, harmonic_mean_metrics, image_metrics, mean_metrics, pixel_counts,
                            pixel_metrics)
 from .pipeline import AnomalyDetector, loudest, map_scores
-from .training import WatchedFiles, checked, make_frame, train, watched_normals
+from .training import DetectorConfig, WatchedFiles, checked, make_frame, train, watched_normals
 
 # %% ../nbs/52_experiment.ipynb #99535737
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ METHODS = Extensible("method", {
 }, Method)
 
 
-def resolve_config(method, preset="cpu", overrides=None, seed=0, kind="image"):
+def resolve_config(method: str, preset: str = "cpu", overrides: dict | None = None, seed: int = 0, kind: str = "image") -> DetectorConfig:
     """The full configuration of a method for a kind of files: the defaults, then the preset, then what differs for sounds, the
     seed, and `overrides` (a dict). Raises `InputError` for an unknown name or a bad value."""
     if method not in METHODS:
@@ -85,12 +87,12 @@ def resolve_config(method, preset="cpu", overrides=None, seed=0, kind="image"):
     return checked(METHODS[method].config, {**METHODS[method].presets[preset], **own, "seed": seed, **(overrides or {})})
 
 
-def parse_overrides(text):
+def parse_overrides(text: str | None) -> dict[str, Any]:
     "Overrides from a JSON object in a string, as the notebooks and the command line take them."
-    def no_number(name):
+    def no_number(name: str) -> NoReturn:
         raise ValueError(f"{name} is no JSON")
 
-    def once(pairs):
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"{min(twice)!r} is there twice")
@@ -102,12 +104,13 @@ def parse_overrides(text):
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
         raise InputError(f"overrides: not valid JSON ({reason}); write it like '{{\"codec\": \"taef2\"}}'") from None
     if not isinstance(overrides, dict):
-        raise InputError(f"overrides: must be a JSON object like '{{\"codec\": \"taef2\"}}', got {text[:100]}")
+        raise InputError(f"overrides: must be a JSON object like '{{\"codec\": \"taef2\"}}', got {str(text)[:100]}")
     return overrides
 
 # %% ../nbs/52_experiment.ipynb #a634ff1a
-def fit(method, data_root, out_dir, preset="cpu", categories="all", seed=0, device="auto", overrides=None, resume=False,
-        split_table=None, processes=None):
+def fit(method: str, data_root: AnyPath, out_dir: AnyPath, preset: str = "cpu", categories: str | Sequence[str] = "all", seed: int = 0,
+        device: str = "auto", overrides: dict | None = None, resume: bool = False, split_table: AnyPath | None = None,
+        processes: int | None = None) -> AnomalyDetector:
     """Trains a detector on the normal images or sounds of a dataset and writes the run folder `out_dir`; returns the `AnomalyDetector`.
 
     method: name in `METHODS`. data_root: a dataset (MVTec AD layout, VisA, UrbanSound8K, with `split_table` any CSV) or a plain
@@ -119,12 +122,13 @@ def fit(method, data_root, out_dir, preset="cpu", categories="all", seed=0, devi
     out_dir = Path(out_dir)
     record, config, dataset = describe_run(method, data_root, preset, categories, seed, overrides, split_table)
     if Path(os.path.abspath(out_dir)).is_relative_to(dataset.root):
-        raise InputError(f"{out_dir}: lies in the dataset {dataset.root}, so that what a run draws would be data next time; choose another out_dir")
+        raise InputError(f"{out_dir}: lies in the dataset {dataset.root}, so that what a run draws would be data next time; "
+                         "choose another out_dir")
     divisible, launched = METHODS[method].divisible, launched_processes()
     processes = count_processes(processes if divisible or launched else processes or 1, device)
     if processes > 1 and not divisible:
         raise InputError(f"processes: {processes}, but the training of {method} cannot be divided; use processes 1")
-    device = resolve_device(device)
+    place = resolve_device(device)
     one_vs_rest = dataset.select("test").path.duplicated().any()
     if one_vs_rest and not METHODS[method].conditional:
         raise InputError(f"categories: each of {', '.join(dataset.categories)} needs its own {method} detector, because what is normal "
@@ -141,14 +145,15 @@ def fit(method, data_root, out_dir, preset="cpu", categories="all", seed=0, devi
         finished = (out_dir / "model" / "model_index.json").exists()
         if not finished and processes > 1 and not launched:
             fit_in_processes(processes, method=method, data_root=data_root, out_dir=out_dir, preset=preset, categories=categories,
-                             seed=seed, device=str(device), overrides=overrides, resume=resume, split_table=split_table)
+                             seed=seed, device=str(place), overrides=overrides, resume=resume, split_table=split_table)
             finished = True
         if finished:
-            return AnomalyDetector.from_pretrained(out_dir / "model").to(device)
-        return _fit_here(record, config, dataset, out_dir, device, resume, processes)
+            return AnomalyDetector.from_pretrained(out_dir / "model").to(place)
+        return _fit_here(record, config, dataset, out_dir, place, resume, processes)
 
 
-def _fit_here(record, config, dataset, out_dir, device, resume, processes):
+def _fit_here(record: dict[str, Any], config: DetectorConfig, dataset: Dataset, out_dir: Path, device: torch.device, resume: bool,
+              processes: int) -> AnomalyDetector:
     "The part of `fit` that every process carries out, after everything has been checked; the first one writes."
     state = PartialState(cpu=device.type == "cpu")
     if state.num_processes != processes:
@@ -180,7 +185,8 @@ def _fit_here(record, config, dataset, out_dir, device, resume, processes):
     return detector
 
 
-def describe_run(method, data_root, preset, categories, seed, overrides, split_table):
+def describe_run(method: str, data_root: AnyPath, preset: str, categories: str | Sequence[str], seed: int, overrides: dict | None,
+                 split_table: AnyPath | None) -> tuple[dict[str, Any], DetectorConfig, Dataset]:
     "What makes a run the run it is (a dict), its full configuration, and its dataset. Raises `InputError`."
     resolve_config(method, preset, overrides, seed)  # a misspelt name should not wait for the data
     dataset = read_dataset(data_root, categories, split_table)
@@ -193,13 +199,13 @@ def describe_run(method, data_root, preset, categories, seed, overrides, split_t
     return record, config, dataset
 
 
-def clear_up(run):
+def clear_up(run: AnyPath) -> None:
     "Removes what a killed process has left in the run folder `run`, whose lock this one holds; latents stay, for whoever resumes."
     remove_leftovers(run)
     shutil.rmtree(Path(run) / ".evaluating", ignore_errors=True)
 
 
-def check_same_run(run, record):
+def check_same_run(run: AnyPath, record: dict[str, Any]) -> None:
     "Raises `InputError` if the run folder `run` holds another run than `record` describes."
     before = read_json(Path(run) / "config.json")
     if before.get("method") == record["method"]:  # an older run does not name keys that came later: they had their default
@@ -216,20 +222,20 @@ class StoredArray:
     `array[i]` is item i, read anew each time; `array[indices]` and `array[mask]` are the chosen items, in the same file.
     """
 
-    def __init__(self, path, shape, dtype):
+    def __init__(self, path: AnyPath, shape: Sequence[int], dtype: Any) -> None:
         self.path, self.shape, self.dtype, self.rows = Path(path), tuple(shape), np.dtype(dtype), np.zeros(0, int)
         self.path.touch()
 
-    def append(self, batch):
+    def append(self, batch: np.ndarray) -> None:
         "Adds `batch` (k, *shape) at the end."
         with open(self.path, "ab") as file:
             np.ascontiguousarray(batch, self.dtype).tofile(file)
         self.rows = np.arange(len(self.rows) + len(batch))
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: Any) -> Any:
         if np.ndim(index):
             chosen = copy(self)
             chosen.rows = self.rows[index]
@@ -240,7 +246,7 @@ class StoredArray:
 
 
 @contextmanager
-def scratch_folder(path):
+def scratch_folder(path: Path) -> Iterator[Path]:
     "An empty folder `path`, which must not exist, while the body runs."
     path.mkdir()
     try:
@@ -252,7 +258,7 @@ def scratch_folder(path):
 _label_note = "the class label of each test file is given to the network (category known)"
 
 
-def evaluate(run, device="auto", save_maps=False, batch_size=16):
+def evaluate(run: AnyPath, device: str = "auto", save_maps: bool = False, batch_size: int = 16) -> dict[str, Any]:
     """Evaluates the run folder `run` on its dataset's test files; writes metrics.json, scores.csv, figures/, pixels/ and examples/.
 
     Returns the content of metrics.json. Any number of images: maps are kept in files in a hidden folder of `run` while their category is
@@ -287,7 +293,7 @@ def evaluate(run, device="auto", save_maps=False, batch_size=16):
         return metrics
 
 
-def read_log(path):
+def read_log(path: Path) -> pd.DataFrame:
     "The log.jsonl at `path` as a data frame. Raises `InputError` if it is missing, torn or empty."
     try:
         log = pd.read_json(path, lines=True)
@@ -297,13 +303,15 @@ def read_log(path):
     return log
 
 
-def _evaluate(run, record, log, detector, dataset, save_maps, batch_size, scratch, files):
+def _evaluate(run: Path, record: dict[str, Any], log: pd.DataFrame, detector: AnomalyDetector, dataset: Dataset, save_maps: bool,
+              batch_size: int, scratch: Path, files: WatchedFiles) -> dict[str, Any]:
     "The metrics that `evaluate` returns; all other files are written."
     device, frame = detector.device, detector.frame
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     categories, tables, examples, compared, curves, seconds, calls = {}, [], [], [], {}, 0.0, 0
-    pixels, fixed = {}, {}
+    pixels: dict[str, dict] = {}
+    fixed: dict[str, dict] = {}
     for category in dataset.categories:
         rows = dataset.select("test", category)
         if rows.empty:
@@ -316,21 +324,21 @@ def _evaluate(run, record, log, detector, dataset, save_maps, batch_size, scratc
             rows = rows.assign(score=scores["final map"], window=windows)
             measured = {name: measure(rows.label, scores[name], one, masks, known) for name, one in maps.items()}
             compared += [{"category": category, "discrepancy": name, **result} for name, result in measured.items()]
-            result, maps = measured["final map"], maps["final map"]
+            result, final = measured["final map"], maps["final map"]
             result["n_train"], result["n_test"] = len(dataset.select("train", category)), len(rows)
             categories[category] = result
             if result["pixel_ap"] is not None:
                 share = np.mean([mask.mean() for mask in masks[known]])
                 result["notes"].append(f"a constant map would have pixel AP {share:.3f} and pixel AUROC 0.5")
             if result["aupro"] is not None:
-                counts = counted_pixels(masks, maps, known)
+                counts = counted_pixels(masks, final, known)
                 curves[category] = counted_pro_curve(counts)
                 pixels[category] = {name: on_disk(scratch / f"{len(pixels)} {name}.npy", one) for name, one in counts._asdict().items()}
             if save_maps:
-                write_maps(run / "maps", rows, maps)
+                write_maps(run / "maps", rows, (final[index] for index in range(len(final))))
             tables.append(rows)
-            examples += choose_examples(rows, maps, masks if known.any() else None)
-            fixed[category] = fixed_examples(detector, dataset, rows, maps, masks, known)
+            examples += choose_examples(rows, final, masks if known.any() else None)
+            fixed[category] = fixed_examples(detector, dataset, rows, final, masks, known)
 
     scores = pd.concat(tables)[["path", "category", "label", "defect", "score"]]
     notes = [frame.describe(), f"the codec sees {detector.config.image_size} x {detector.config.image_size} pixels", *dataset.notes]
@@ -341,7 +349,8 @@ def _evaluate(run, record, log, detector, dataset, save_maps, batch_size, scratc
         "method": record["method"], "dataset": record["dataset"]["name"], "kind": dataset.kind, "preset": record["preset"],
         "seed": record["seed"], "categories": categories, **summary(categories, notes),
         "train_seconds": float(log.seconds.iloc[-1]), "seconds_per_image": seconds / len(scores),
-        "network_calls": calls / len(scores), "peak_memory_mb": peak_memory_mb(device), "parameters": count_parameters(detector), "notes": notes,
+        "network_calls": calls / len(scores), "peak_memory_mb": peak_memory_mb(device), "parameters": count_parameters(detector),
+        "notes": notes,
     }
     files.check()
     with atomic_path(run / "scores.csv") as path:
@@ -354,7 +363,7 @@ def _evaluate(run, record, log, detector, dataset, save_maps, batch_size, scratc
     return metrics
 
 
-def summary(categories, notes):
+def summary(categories: dict[str, dict], notes: list[str]) -> dict[str, dict]:
     "mean and harmonic_mean over the metrics of `categories`; what is undefined is told in `notes`, which grows."
     mean = mean_metrics(categories)
     undefined = mean.pop("notes")
@@ -366,12 +375,13 @@ def summary(categories, notes):
     return {"mean": mean, "harmonic_mean": harmonic}
 
 
-def count_parameters(detector):
+def count_parameters(detector: AnomalyDetector) -> int:
     "Trained parameters of a detector: those of its network; 0 without one."
     return 0 if detector.network is None else sum(p.numel() for p in detector.network.parameters())
 
 
-def detect_batches(detector, dataset, rows, batch_size=16, desc="testing"):
+def detect_batches(detector: AnomalyDetector, dataset: Dataset, rows: pd.DataFrame, batch_size: int = 16,
+                   desc: str = "testing") -> Iterator[tuple[list[float], dict[str, torch.Tensor], float]]:
     """Detects in the files of `rows` and yields those that are done, a few at a time and in their order.
 
     Yields (windows, maps, seconds): the window of each, a list of k (the loudest one of a long sound); every map of the discrepancy of that
@@ -379,7 +389,8 @@ def detect_batches(detector, dataset, rows, batch_size=16, desc="testing"):
     """
     frames = Frames(dataset, rows, detector.frame)
     labels = detector.class_labels(list(rows["category"]), len(rows))[frames.row]
-    kept, kept_maps, seconds = torch.zeros(0, dtype=torch.int64), {}, 0.0
+    kept, seconds = torch.zeros(0, dtype=torch.int64), 0.0
+    kept_maps: dict[str, torch.Tensor] = {}
     with detector.prepared(), progress(frames.batches(batch_size), desc=desc, total=-(-len(frames) // batch_size)) as batches:
         for indices, batch in batches:
             began = time.perf_counter()
@@ -397,8 +408,10 @@ def detect_batches(detector, dataset, rows, batch_size=16, desc="testing"):
                 seconds = 0.0
 
 
-def detect_rows(detector, dataset, rows, batch_size=16, desc="testing"):
-    """Every map of the discrepancy, a tensor (n, size, size) float32 each, of the files in `rows`, and the seconds it took: for a few files.
+def detect_rows(detector: AnomalyDetector, dataset: Dataset, rows: pd.DataFrame, batch_size: int = 16,
+                desc: str = "testing") -> tuple[dict[str, torch.Tensor], float]:
+    """Every map of the discrepancy, a tensor (n, size, size) float32 each, of the files in `rows`, and the seconds it took: for a few
+    files.
 
     Of a long sound, the maps of its loudest window.
     """
@@ -406,12 +419,16 @@ def detect_rows(detector, dataset, rows, batch_size=16, desc="testing"):
     return {name: torch.cat([batch[name] for batch in maps]) for name in maps[0]}, sum(seconds)
 
 
-def store_maps(folder, detector, dataset, rows, batch_size=16, desc="testing"):
+def store_maps(folder: Path, detector: AnomalyDetector, dataset: Dataset, rows: pd.DataFrame, batch_size: int = 16,
+               desc: str = "testing") -> tuple[dict[str, StoredArray], dict[str, np.ndarray], list[float], float]:
     """Detects in the files of `rows` and stores all maps that are to be compared, and the final one, in `folder`.
 
     Returns {name: `StoredArray` (n, size, size)}, {name: scores (n,)}, the window of each file, and the seconds that detection took.
     """
-    maps, scores, windows, seconds = {}, {}, [], 0.0
+    maps: dict[str, StoredArray] = {}
+    scores: dict[str, list] = {}
+    windows: list[float] = []
+    seconds = 0.0
     for batch_windows, levels, elapsed in detect_batches(detector, dataset, rows, batch_size, desc):
         final = levels.pop("anomaly")
         batch = {**detector.discrepancy.comparisons(levels), "final map": final}
@@ -425,16 +442,17 @@ def store_maps(folder, detector, dataset, rows, batch_size=16, desc="testing"):
     return maps, {name: np.concatenate(parts) for name, parts in scores.items()}, windows, seconds
 
 
-def check_space(folder, needed):
+def check_space(folder: AnyPath, needed: float) -> None:
     "Raises `InputError` if the disk of `folder` has no room for `needed` bytes."
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise InputError(f"{Path(folder).parent}: evaluation needs {needed / 1e9:.1f} GB for maps, but {free / 1e9:.1f} GB are free on that disk; "
-                         "make room, or move the run folder")
+        raise InputError(f"{Path(folder).parent}: evaluation needs {needed / 1e9:.1f} GB for maps, "
+                         f"but {free / 1e9:.1f} GB are free on that disk; make room, or move the run folder")
 
 
-def store_masks(path, dataset, rows, frame):
-    "The masks of `rows` as a `StoredArray` bool (n, size, size) in the file `path`, all False where unknown; and which are known, bool (n,)."
+def store_masks(path: Path, dataset: Dataset, rows: pd.DataFrame, frame: Protocol | LogMel) -> tuple[StoredArray, np.ndarray]:
+    """The masks of `rows` as a `StoredArray` bool (n, size, size) in the file `path`, all False where unknown; and which are known, bool
+    (n,)."""
     path.unlink(missing_ok=True)
     masks, known = StoredArray(path, (frame.size,) * 2, bool), []
     for row in rows.itertuples():
@@ -444,13 +462,13 @@ def store_masks(path, dataset, rows, frame):
     return masks, np.array(known)
 
 
-def on_disk(path, array):
+def on_disk(path: Path, array: np.ndarray) -> np.ndarray:
     "The same array, but in the file `path` and mapped from there."
     np.save(path, array)
     return np.load(path, mmap_mode="r")
 
 
-def measure(labels, scores, maps, masks, known):
+def measure(labels: Any, scores: np.ndarray, maps: Any, masks: Any, known: np.ndarray) -> dict[str, Any]:
     """All metrics of scores (n,) and maps (n, size, size) against labels (n,) and those masks (n, size, size) that are `known` (n,).
 
     Maps and masks may be arrays or `StoredArray`s.
@@ -464,7 +482,7 @@ def measure(labels, scores, maps, masks, known):
 
 
 @contextmanager
-def count_calls(network):
+def count_calls(network: torch.nn.Module | None) -> Iterator[list[int]]:
     "Yields a list that grows by the number of samples of every call of `network`; None is never called."
     counted = []
     hook = network and network.register_forward_hook(lambda module, inputs, output: counted.append(len(inputs[0])))
@@ -475,7 +493,7 @@ def count_calls(network):
             hook.remove()
 
 
-def counted_pixels(masks, maps, known):
+def counted_pixels(masks: Any, maps: Any, known: np.ndarray) -> PixelCounts:
     "`PixelCounts` of all n images, in their order, from those whose mask is `known` (n,); all others count nothing."
     counts = pixel_counts(masks[known], maps[known])
     if known.all():
@@ -486,7 +504,7 @@ def counted_pixels(masks, maps, known):
     return everything
 
 
-def write_arrays(folder, tables):
+def write_arrays(folder: Path, tables: dict[str, dict]) -> None:
     "Writes each of `tables` (name -> {array name: array}) as NAME.npz into `folder`; an earlier evaluation's others are removed."
     for name, arrays in tables.items():
         with atomic_path(folder / f"{name}.npz") as path, open(path, "wb") as file:  # given a path, numpy would append its suffix
@@ -496,7 +514,7 @@ def write_arrays(folder, tables):
             path.unlink()
 
 
-def peak_memory_mb(device):
+def peak_memory_mb(device: torch.device) -> float:
     "Peak memory in MB: of the GPU while evaluating, otherwise of this process."
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
@@ -504,24 +522,27 @@ def peak_memory_mb(device):
     return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
 
 
-def write_maps(folder, rows, maps):
+def write_maps(folder: AnyPath, rows: pd.DataFrame, maps: Iterable[np.ndarray]) -> None:
     "Writes each map as it is, a TIFF of 32-bit floats, under `folder`, named after its file."
     for row, one in zip(rows.itertuples(), maps):
         with atomic_path(Path(folder) / Path(row.path).with_suffix(".tiff")) as path:
             Image.fromarray(np.float32(one)).save(path)
 
 # %% ../nbs/52_experiment.ipynb #4b805683
-def choose_examples(rows, maps, masks):
+def choose_examples(rows: pd.DataFrame, maps: Any, masks: Any) -> list[tuple]:
     "Up to five test files of a category that tell its story: (row, map, mask or None, why) of the best and worst cases."
     order = rows.reset_index(drop=True).sort_values("score", kind="stable")
     anomalous, normal = order[order.label == 1].index, order[order.label == 0].index
     chosen = {"best found": anomalous[-2:][::-1], "worst found": anomalous[:2], "highest normal": normal[-1:]}
-    seen = set()
-    return [(rows.iloc[i], maps[i], None if masks is None else masks[i], why) for why, indices in chosen.items() for i in indices
-            if not (i in seen or seen.add(i))]
+    reasons: dict[int, str] = {}  # a file that is chosen twice is told once
+    for why, indices in chosen.items():
+        for i in indices:
+            reasons.setdefault(i, why)
+    return [(rows.iloc[i], maps[i], None if masks is None else masks[i], why) for i, why in reasons.items()]
 
 
-def fixed_examples(detector, dataset, rows, maps, masks, known):
+def fixed_examples(detector: AnomalyDetector, dataset: Dataset, rows: pd.DataFrame, maps: Any, masks: Any, known: np.ndarray) -> dict[str,
+                   Any]:
     """At most six test files of a category, the same whatever the method: the first normal one and the first of each type of anomaly.
 
     `rows` has the columns score and window, where in the file the map is from.
@@ -543,7 +564,8 @@ def fixed_examples(detector, dataset, rows, maps, masks, known):
     return one
 
 
-def draw_figures(folder, detector, dataset, log, scores, curves, examples):
+def draw_figures(folder: Path, detector: AnomalyDetector, dataset: Dataset, log: pd.DataFrame, scores: pd.DataFrame, curves: dict,
+                 examples: list) -> None:
     "Draws the figures of a run into `folder` as PNG: cases, correction, loss, ROC, PRO and score histograms."
     figures.use_style()
     folder = ensure_folder(folder)
@@ -575,7 +597,7 @@ def draw_figures(folder, detector, dataset, log, scores, curves, examples):
 
 
 @torch.no_grad()
-def film_strip(detector, source, category=None):
+def film_strip(detector: AnomalyDetector, source: Any, category: str | None = None) -> Any:
     "The correction of one file as a figure: what each step leaves, and how far it has moved."
     frames = detector.frames(source)[0][:1]
     z = detector.codec.encode(detector.resize(frames.to(detector.device)))
@@ -586,8 +608,9 @@ def film_strip(detector, source, category=None):
     return figures.film_strip(pictures, [title for title, _ in film], changes)
 
 # %% ../nbs/52_experiment.ipynb #4775887d
-def run_each(method, data_root, out_dir, preset="cpu", categories="all", seed=0, device="auto", overrides=None, resume=False,
-             split_table=None, processes=None):
+def run_each(method: str, data_root: AnyPath, out_dir: AnyPath, preset: str = "cpu", categories: str | Sequence[str] = "all", seed: int = 0,
+             device: str = "auto", overrides: dict | None = None, resume: bool = False, split_table: AnyPath | None = None,
+             processes: int | None = None) -> dict[str, Any]:
     """Trains and evaluates one detector per category in `out_dir`/CATEGORY, or in `out_dir` itself if there is only one.
 
     Arguments as in `fit`. Returns the joint metrics, in the form that `evaluate` returns; with several categories they are
@@ -617,13 +640,13 @@ def run_each(method, data_root, out_dir, preset="cpu", categories="all", seed=0,
     return metrics
 
 # %% ../nbs/52_experiment.ipynb #f7e4cf18
-def run_folders(out_dir, metrics):
+def run_folders(out_dir: AnyPath, metrics: dict[str, Any]) -> list[Path]:
     "The run folders that `run_each` wrote for these `metrics`."
     names = list(metrics["categories"])
     return [Path(out_dir)] if len(names) == 1 else [Path(out_dir) / name for name in names]
 
 # %% ../nbs/52_experiment.ipynb #bd11c142
-def check_parameters(namespace, before, known):
+def check_parameters(namespace: dict[str, Any], before: Iterable[str], known: Iterable[str]) -> None:
     "Raises `InputError` if `namespace` (a notebook's globals()) holds names that are neither in `before` nor in `known`."
     unknown = sorted(name for name in set(namespace) - set(before) - set(known) if not name.startswith("_"))
     if unknown:

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,7 +46,8 @@ class DetectorGraph(nn.Module):
 
 # %% ../nbs/59_export.ipynb #604e1f7b
 def check_frames(detector, sources=None):
-    "Frames (n, channels, S, S), n >= 2, of `sources` (see `AnomalyDetector.frames`), by default of a photograph or a sweep, three ways round."
+    """Frames (n, channels, S, S), n >= 2, of `sources` (see `AnomalyDetector.frames`), by default of a photograph or a sweep, three ways
+    round."""
     if sources is None and detector.frame.kind == "image":
         import skimage  # heavy, and not needed with files of one's own
 
@@ -77,7 +79,8 @@ def _quiet():
 def trace(detector, frames):
     """The graph of a `detector` on the CPU, as torch's ExportedProgram; `frames` (n, channels, S, S), n >= 2, are called with once before.
 
-    Its inputs are frames and, if the answer depends on it, class_labels; both with any batch size. Raises `InputError` if it cannot be traced.
+    Its inputs are frames and, if the answer depends on it, class_labels; both with any batch size. Raises `InputError` if it cannot be
+    traced.
     """
     graph, labels = DetectorGraph(detector).eval(), torch.zeros(len(frames), dtype=torch.int64)
     graph(frames, labels)  # what is drawn or prepared once, and then kept, must be there before
@@ -114,12 +117,13 @@ def facts(detector, program):
 
 # %% ../nbs/59_export.ipynb #660eecc2
 def _write_onnx(program, path, text):
-    "Writes the graph and the JSON `text` to `path`; weights too large for one file, 2 GB, go to another beside it, named like it with .data."
+    """Writes the graph and the JSON `text` to `path`; weights too large for one file, 2 GB, go to another beside it, named like it with
+    .data."""
     import onnx_ir.passes.common as passes  # here and below: optional packages
     from onnxscript import optimizer
 
     with _quiet():
-        written = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False, output_names=["maps", "scores"])
+        written: Any = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False, output_names=["maps", "scores"])
     for simplify in (optimizer.inline, passes.CommonSubexpressionEliminationPass(), optimizer.fold_constants, optimizer.remove_unused_nodes,
                      passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
                      passes.ClearMetadataAndDocStringPass()):  # that of every node names the python files it came from
@@ -189,13 +193,13 @@ def largest_difference(detector, run, inputs, frames):
 
 # %% ../nbs/59_export.ipynb #6122b7c9
 def export_detector(model, out, format="onnx", sources=None):
-    """Writes the detector in folder `model` (or on the hub, or an `AnomalyDetector` on the CPU) as one graph to the file `out`, and its facts
-    beside it as JSON.
+    """Writes the detector in folder `model` (or on the hub, or an `AnomalyDetector` on the CPU) as one graph to the file `out`, and its
+    facts beside it as JSON.
 
-    format: "onnx" (a file .onnx; needs the packages of `adiff[export]`) or "torch" (.pt2). The graph takes float32 frames (N, channels, S, S) as
-    `AnomalyDetector.frames` makes them and, for a conditional detector of several categories, int64 class_labels (N,); it gives maps
-    (N, S, S) and scores (N,). The file is checked on `sources`, see `check_frames`, before it appears: answers differ from the pipeline's by
-    1e-4 at most. Returns the facts, with these differences under "check". Raises `InputError`.
+    format: "onnx" (a file .onnx; needs the packages of `adiff[export]`) or "torch" (.pt2). The graph takes float32 frames (N, channels, S,
+    S) as `AnomalyDetector.frames` makes them and, for a conditional detector of several categories, int64 class_labels (N,); it gives maps
+    (N, S, S) and scores (N,). The file is checked on `sources`, see `check_frames`, before it appears: answers differ from the pipeline's
+    by 1e-4 at most. Returns the facts, with these differences under "check". Raises `InputError`.
     """
     if format not in EXPORT_FORMATS:
         raise unknown_name("format", format, EXPORT_FORMATS)

@@ -8,11 +8,12 @@ __all__ = ['KINDS', 'offered', 'extension_versions', 'Extensible', 'import_exten
 # %% ../nbs/04_extensions.ipynb #5b7e4f90
 import hashlib
 import logging
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from functools import cache, cached_property
-from importlib.metadata import entry_points
+from importlib.metadata import Distribution, EntryPoint, EntryPoints, entry_points
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, cast
 
 from .core import InputError
 
@@ -21,88 +22,100 @@ KINDS = ("method", "codec", "dataset")
 
 
 @cache
-def offered(kind):
+def offered(kind: str) -> EntryPoints:
     "The entry points of a `kind` of part, of all installed packages. Nothing is imported."
     return entry_points(group=f"adiff.{kind}s")
 
 
-def extension_versions():
+def _package(point: EntryPoint) -> Distribution:
+    "The installed package that an entry point comes from."
+    return cast(Distribution, point.dist)  # only those that are made by hand have none
+
+
+def extension_versions() -> dict[str, str]:
     "{package: version} of the installed packages that offer adiff something."
-    return {point.dist.name: point.dist.version for kind in KINDS for point in offered(kind)}
+    return {_package(point).name: _package(point).version for kind in KINDS for point in offered(kind)}
 
 
-def _load(kind, point, expected=object):
+def _load(kind: str, point: EntryPoint, expected: Any = object) -> Any:
     "What an entry point names. Raises `InputError`, with the package in it, if that cannot be imported or is not `expected`."
-    who = f"{kind} {point.name!r} of the installed package {point.dist.name}"
+    who = f"{kind} {point.name!r} of the installed package {_package(point).name}"
     try:
         found = point.load()
     except Exception as error:  # whatever somebody else's module raises when it is imported
         raise InputError(f"{who}: cannot be imported ({type(error).__name__}: {' '.join(str(error).split())[:150]}); "
                          "repair or uninstall that package") from None
     if not isinstance(found, expected):
-        raise InputError(f"{who}: {point.value} is no {expected.__name__} but of type {type(found).__name__}; repair or uninstall that package")
+        raise InputError(f"{who}: {point.value} is no {expected.__name__} but of type {type(found).__name__}; "
+                         "repair or uninstall that package")
     return found
 
 # %% ../nbs/04_extensions.ipynb #9fd20b76
 class Extensible(MutableMapping):
-    """Name -> object, for a `kind` of part in `KINDS`: the `shipped` ones (a dict) and those of installed packages, which are `expected` (a type).
+    """Name -> object, for a `kind` of part in `KINDS`: the `shipped` ones (a dict) and those of installed packages, which are `expected` (a
+    type).
 
-    Packages are looked through at the first use of the mapping, and one is imported when its name is asked for. A name that is shipped stays
-    what it is, with a warning in the log. What is set here (`names["mine"] = part`) counts for this process. Raises `InputError`, one line that
-    names the package, for a part that cannot be imported or is not `expected`, and for a name that two packages offer.
+    Packages are looked through at the first use of the mapping, and one is imported when its name is asked for. A name that is shipped
+    stays what it is, with a warning in the log. What is set here (`names["mine"] = part`) counts for this process. Raises `InputError`, one
+    line that names the package, for a part that cannot be imported or is not `expected`, and for a name that two packages offer.
     """
 
-    def __init__(self, kind, shipped, expected=Callable):
+    def __init__(self, kind: str, shipped: dict[str, Any], expected: Any = Callable) -> None:
         self.kind, self.shipped, self.expected = kind, shipped, expected
 
     @cached_property
-    def _parts(self):
+    def _parts(self) -> dict[str, Any]:
         "Name -> object, or the list of entry points of that name."
         parts = dict(self.shipped)
         for point in offered(self.kind):
             if point.name in self.shipped:
                 logging.getLogger("adiff").warning("%s %r of the installed package %s is not used: adiff ships one of that name",
-                                                   self.kind, point.name, point.dist.name)
+                                                   self.kind, point.name, _package(point).name)
             else:
                 parts.setdefault(point.name, []).append(point)
         return parts
 
-    def __getitem__(self, name):
+    def __getitem__(self, name: str) -> Any:
         part = self._parts[name]
         if isinstance(part, list):
             if len(part) > 1:
-                raise InputError(f"{self.kind} {name!r}: offered by the installed packages {' and '.join(point.dist.name for point in part)}; "
-                                 "uninstall all but one")
+                raise InputError(f"{self.kind} {name!r}: offered by the installed packages "
+                                 f"{' and '.join(_package(point).name for point in part)}; uninstall all but one")
             part = self._parts[name] = _load(self.kind, part[0], self.expected)
         return part
 
-    def __setitem__(self, name, part):
+    def __setitem__(self, name: str, part: Any) -> None:
         self._parts[name] = part
 
-    def __delitem__(self, name):
+    def __delitem__(self, name: str) -> None:
         del self._parts[name]
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         return iter(self._parts)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._parts)
 
 # %% ../nbs/04_extensions.ipynb #a5583be9
-def import_extension(module):
-    "Imports the entry points of the installed packages that offer adiff something, of those with the same top level as `module` (dotted name)."
+def import_extension(module: str) -> None:
+    """Imports the entry points of the installed packages that offer adiff something, of those with the same top level as `module` (dotted
+    name)."""
     for kind in KINDS:
         for point in offered(kind):
             if point.module.partition(".")[0] == module.partition(".")[0]:
                 _load(kind, point)
 
 # %% ../nbs/04_extensions.ipynb #6e14d9f2
-def extension_code(names):
-    "{name: 16 hex digits over the python files of the package that offers it} for those of `names` that installed packages offer. Nothing is imported."
+def extension_code(names: Iterable[str]) -> dict[str, str]:
+    """{name: 16 hex digits over the python files of the package that offers it} for those of `names` that installed packages offer.
+
+    Nothing is imported.
+    """
     found = {}
     for point in (point for kind in KINDS for point in offered(kind) if point.name in names):
         spec = find_spec(point.module.partition(".")[0])
         folders = spec and spec.submodule_search_locations
-        files = [path for folder in folders for path in Path(folder).rglob("*.py")] if folders else [Path(spec.origin)] if spec else []
+        single = [Path(spec.origin)] if spec and spec.origin else []
+        files = [path for folder in folders for path in Path(folder).rglob("*.py")] if folders else single
         found[point.name] = hashlib.sha256(b"\0".join(path.read_bytes() for path in sorted(files))).hexdigest()[:16]
     return found

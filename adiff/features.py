@@ -9,6 +9,7 @@ __all__ = ['BACKBONES', 'EfficientNetLite0', 'WideResNet50', 'DINOv2', 'FrozenFe
 import os
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -172,7 +173,7 @@ class FrozenFeatures(ModelMixin, ConfigMixin):
         super().__init__()
         if backbone not in BACKBONES:
             raise unknown_name("backbone", backbone, BACKBONES)
-        kind = BACKBONES[backbone]
+        kind: Any = BACKBONES[backbone]
         depths = tuple(depths or kind.depths)
         for depth in depths:
             if depth not in kind.stages:
@@ -184,7 +185,7 @@ class FrozenFeatures(ModelMixin, ConfigMixin):
             raise InputError(f"input_size: {input_size} does not divide by the stride of {backbone}'s stage {depths[-1]}; "
                              f"use a multiple of {stride}")
         self.register_to_config(depths=depths)
-        self.network = kind(depths, input_size)
+        self.network: Any = kind(depths, input_size)
         for name, values in (("mean", kind.mean), ("std", kind.std)):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1))
         self.requires_grad_(False).eval()

@@ -53,7 +53,7 @@ def _rgb(image):
         image = np.repeat(image[..., None], 3, -1)
     if image.ndim != 3 or image.shape[-1] != 3:
         raise InputError(f"image: shape {image.shape}; give (H, W, 3) or (H, W), uint8 or float in 0..1")
-    return image if image.dtype == np.uint8 else np.uint8(255 * np.clip(image, 0, 1) + 0.5)
+    return image if image.dtype == np.uint8 else (255 * np.clip(image, 0, 1) + 0.5).astype(np.uint8)
 
 # %% ../nbs/42_figures.ipynb #04a6b873
 def overlay(image, anomaly_map, threshold=None, vmin=0.0, vmax=1.0):
@@ -70,7 +70,7 @@ def overlay(image, anomaly_map, threshold=None, vmin=0.0, vmax=1.0):
     heat = np.clip((anomaly_map - vmin) / (vmax - vmin), 0, 1)
     opacity = 0.8 * heat[..., None]
     blend = (1 - opacity) * image + opacity * 255 * matplotlib.colormaps[MAP_COLOURS](heat)[..., :3]
-    blend = np.uint8(blend + 0.5)
+    blend = (blend + 0.5).astype(np.uint8)
     if threshold is not None:
         blend[find_boundaries(anomaly_map >= threshold, mode="inner")] = 0, 255, 255
     return blend

@@ -13,6 +13,7 @@ __all__ = ['COSTS', 'FIGURES', 'variant_styles', 'wrapped', 'file_name', 'save_w
 # %% ../nbs/44_gallery.ipynb #a516e823
 import io
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -141,7 +142,8 @@ def _show_block(axis, files, columns, axes, side=144, gap=6):
         axis.text(column * (side + gap) + side / 2, -gap, wrapped(name, 18), ha="center", va="bottom", fontsize=7.5)
     for row, file in enumerate(files):
         title = file["title"] + (f"\n{axes['ylabel']}" if axes else "")
-        axis.annotate(title, (0, row * (side + gap) + side / 2), (-20 if axes else -6, 0), textcoords="offset points", ha="right", va="center",
+        axis.annotate(title, (0, row * (side + gap) + side / 2), (-20 if axes else -6, 0), textcoords="offset points", ha="right",
+                      va="center",
                       rotation=90, multialignment="center", fontsize=7.5, annotation_clip=False)
     if axes:
         _mosaic_ticks(axis, axes, len(files), len(columns), side, gap)
@@ -149,7 +151,7 @@ def _show_block(axis, files, columns, axes, side=144, gap=6):
 
 def _cell(picture, side):
     "uint8 (side, side, 3) of an RGB picture or a bool mask, averaged when shrunk."
-    pixels = np.repeat(np.uint8(255 * picture)[..., None], 3, -1) if np.asarray(picture).dtype == bool else _rgb(picture)
+    pixels = np.repeat((255 * picture).astype(np.uint8)[..., None], 3, -1) if np.asarray(picture).dtype == bool else _rgb(picture)
     shrinks = max(pixels.shape) > side
     return np.asarray(Image.fromarray(pixels).resize((side, side), Image.Resampling.BOX if shrinks else Image.Resampling.NEAREST))
 
@@ -170,7 +172,8 @@ def _heat_bar(figure, place):
     axis = figure.add_axes(place)
     figure.colorbar(plt.cm.ScalarMappable(cmap=MAP_COLOURS), cax=axis, orientation="horizontal", ticks=[])
     axis.text(-0.02, 0.5, "median", ha="right", va="center", fontsize=7.5, transform=axis.transAxes)
-    axis.text(1.02, 0.5, "99.5 % quantile of the anomaly map, each variant on its own scale", va="center", fontsize=7.5, transform=axis.transAxes)
+    axis.text(1.02, 0.5, "99.5 % quantile of the anomaly map, each variant on its own scale", va="center", fontsize=7.5,
+              transform=axis.transAxes)
 
 # %% ../nbs/44_gallery.ipynb #417541f3
 def sound_strips(files, axes):
@@ -406,7 +409,7 @@ def variant_histograms(scores, styles=None, limits=(-3, 9)):
     if scores.empty:
         raise InputError("variant_histograms: no category has two normal files with different scores")
     names = list(dict.fromkeys(scores.variant))
-    styles, edges = styles or variant_styles(names), np.linspace(*limits, 25)
+    styles, edges = styles or variant_styles(names), np.linspace(limits[0], limits[1], 25)
     figure, axes = _panels(len(names), 4, 1.6)
     for axis, name in zip(axes.flat, names):
         own = scores[scores.variant == name]
@@ -467,7 +470,8 @@ class Evidence:
 
     def scores(self):
         "scores.csv of all runs, with columns variant and seed. Raises `LeftOut` if there is none."
-        tables = [pd.read_csv(Path(leaf.folder) / "scores.csv").query("category == @leaf.category").assign(variant=leaf.variant, seed=leaf.seed)
+        tables = [pd.read_csv(Path(leaf.folder) / "scores.csv").query("category == @leaf.category")
+                  .assign(variant=leaf.variant, seed=leaf.seed)
                   for leaf in self.leaves().astype({"category": str}).itertuples() if (Path(leaf.folder) / "scores.csv").exists()]
         if not tables:
             raise LeftOut("no scores.csv in the run folders")
@@ -481,7 +485,8 @@ class Evidence:
 
 # %% ../nbs/44_gallery.ipynb #8e97752b
 def read_evidence(tidy, summary, published=None):
-    """One `Evidence` per dataset of the tables that `adiff.tables` makes: `collect`, `summarize`, `read_published` (None: nothing known)."""
+    """One `Evidence` per dataset of the tables that `adiff.tables` makes: `collect`, `summarize`, `read_published` (None: nothing
+    known)."""
     settings = tidy.groupby(["dataset", "variant"]).setting.nunique()
     tidy, summary = (_name_settings(frame, set(settings[settings > 1].index)) for frame in (tidy, summary))
     styles = variant_styles(tidy.variant)
@@ -502,7 +507,7 @@ def example_files(evidence, reconstructions=True):
 
     reconstructions: with up to three variants a column for those of each. Raises `LeftOut` if no run has examples.
     """
-    stored = {}
+    stored: dict[str, dict] = {}
     for leaf, arrays in evidence.arrays("examples", first_seed=True):
         stored.setdefault(leaf.category, {})[leaf.variant] = arrays
     if not stored:
@@ -517,7 +522,8 @@ def example_files(evidence, reconstructions=True):
                     "mask": first["mask"][index] if first["known"][index] else None, "pictures": {}, "maps": {}}
             for name in evidence.variants:
                 if name in by_variant:
-                    _add_variant(file, name, by_variant[name], heat[name], first["path"][index], reconstructions and len(evidence.variants) <= 3)
+                    _add_variant(file, name, by_variant[name], heat[name], first["path"][index],
+                                 reconstructions and len(evidence.variants) <= 3)
             files.append(file)
     return files
 
@@ -525,7 +531,7 @@ def example_files(evidence, reconstructions=True):
 def _choose(labels, room):
     "Indices of `room` files: the first anomalous ones, and with room for two a normal one last."
     anomalous, normal = np.flatnonzero(labels == 1), np.flatnonzero(labels == 0)
-    normal = normal[:1] if room > 1 or not len(anomalous) else []
+    normal = normal[:1 if room > 1 or not len(anomalous) else 0]
     return [*anomalous[:room - len(normal)], *normal]
 
 
@@ -553,8 +559,8 @@ def draw_qualitative(evidence):
     files = example_files(evidence)
     sounds = evidence.kind == "sound"
     seed = evidence.tidy.seed.iloc[0]
-    caption = (f"{evidence.dataset}: {'spectrograms' if sounds else 'images'} and anomaly maps of {len(evidence.variants)} variants (seed {seed}). The same "
-               "test files for all: the first of each defect type by path, not chosen by result. "
+    caption = (f"{evidence.dataset}: {'spectrograms' if sounds else 'images'} and anomaly maps of {len(evidence.variants)} variants (seed "
+               f"{seed}). The same test files for all: the first of each defect type by path, not chosen by result. "
                + ("" if sounds else "Masks are the ground truth. ") +
                "Colour runs from the median to the 99.5 % quantile of a variant's maps over the example files of a category.")
     return qualitative_grid(files, sound_axes(evidence)), caption
@@ -566,25 +572,27 @@ def draw_sounds(evidence):
         raise LeftOut("images have no time axis")
     files = example_files(evidence)
     files = [files[i] for i in np.unique(np.linspace(0, len(files) - 1, 4).round().astype(int))]
-    names = set(evidence.variants).intersection(*(file["maps"] for file in files))
-    names = [name for name in evidence.variants if name in names]
+    shared = set(evidence.variants).intersection(*(file["maps"] for file in files))
+    names = [name for name in evidence.variants if name in shared]
     files = [{**file, "title": file["title"].replace("\n", ": "), "maps": {name: file["maps"][name] for name in names}} for file in files]
-    caption = (f"{evidence.dataset}: log-mel spectrogram of a test file (above) and, for every variant, the maximum of its anomaly map over "
-               "frequency at every time (below). Of a long sound, the loudest window. Each variant on its own scale, from the median to the "
-               "99.5 % quantile of its maps.")
+    caption = (f"{evidence.dataset}: log-mel spectrogram of a test file (above) and, for every variant, "
+               "the maximum of its anomaly map over "
+               "frequency at every time (below). Of a long sound, the loudest window. Each variant on its own scale, "
+               "from the median to the 99.5 % quantile of its maps.")
     return sound_strips(files, sound_axes(evidence)), caption
 
 
 def draw_ablation(evidence):
     "Every variant against the first."
     _need_variants(evidence)
-    meaning = {"std": f"standard deviation over {evidence.tidy.seed.nunique()} seeds", "interval": "95 % bootstrap interval over test files", "": ""}
+    meaning = {"std": f"standard deviation over {evidence.tidy.seed.nunique()} seeds",
+               "interval": "95 % bootstrap interval over test files", "": ""}
     kind = error_kind(evidence.summary)
     figure = ablation_bars(evidence.summary, evidence.leading, evidence.styles, evidence.kind)
     for axis in figure.axes:
         axis.set_xlabel("percent" + {"std": " (± std over seeds)", "interval": " (95 % interval)", "": ""}[kind], fontsize=8)
-    caption = (f"{evidence.dataset} ({evidence.extent()}): mean over categories and seeds. Bars start at the value of {evidence.variants[0]} (dashed); "
-               f"numbers are the value and its difference to that in percentage points. "
+    caption = (f"{evidence.dataset} ({evidence.extent()}): mean over categories and seeds. Bars start at the value of "
+               f"{evidence.variants[0]} (dashed); numbers are the value and its difference to that in percentage points. "
                + (f"Whiskers: {meaning[kind]}." if kind else "No error bars: one seed, no interval."))
     return figure, caption
 
@@ -605,8 +613,8 @@ def draw_cost(evidence):
     quality = category_means(evidence).groupby("variant", sort=False)[qualities].mean()
     if not len(costs.columns) or costs.isna().all(axis=None):
         raise LeftOut("no cost was measured")
-    caption = (f"{evidence.dataset} ({evidence.extent()}): cost of detection per test file against quality, means over categories and seeds. Up is better, "
-               "left is cheaper. Seconds were measured on the machine of the runs"
+    caption = (f"{evidence.dataset} ({evidence.extent()}): cost of detection per test file against quality, "
+               "means over categories and seeds. Up is better, left is cheaper. Seconds were measured on the machine of the runs"
                + ("; network calls are counted and do not depend on it." if "network_calls" in costs else "."))
     return cost_against_quality(costs.join(quality), qualities, evidence.styles, evidence.kind), caption
 
@@ -629,8 +637,8 @@ def draw_gaps(evidence, metric="image_auroc"):
     wide["mean"] = wide.mean(axis=1, skipna=False)
     gaps = wide.iloc[1:] - wide.iloc[0]
     label = f"{metric_title(metric, evidence.kind)}: difference to {evidence.variants[0]}"
-    caption = (f"{evidence.dataset} ({evidence.extent()}): {metric_title(metric, evidence.kind)} of each variant minus that of {evidence.variants[0]}, in "
-               "percentage points, mean over seeds. Red: above it, blue: below it.")
+    caption = (f"{evidence.dataset} ({evidence.extent()}): {metric_title(metric, evidence.kind)} of each variant minus that of "
+               f"{evidence.variants[0]}, in percentage points, mean over seeds. Red: above it, blue: below it.")
     return gap_heatmap(gaps, label), caption
 
 
@@ -649,9 +657,9 @@ def draw_published(evidence, metric="image_auroc"):
     if gaps.empty:
         raise LeftOut(f"no published {name} for these {len(mine)} categories")
     others = "; other methods with means only stand in the tables" if gaps[mine.index].notna().any(axis=None) else ""
-    caption = (f"{evidence.dataset} ({evidence.extent()}): {name} of {variant} minus the published number of each method in the {setting} setting, in "
-               f"percentage points. Red: ours is higher, blue: ours is lower; n/a: not available{others}. Protocols differ (crop, resolution, class "
-               "label at test); the notes under the tables say how.")
+    caption = (f"{evidence.dataset} ({evidence.extent()}): {name} of {variant} minus the published number of each method in the "
+               f"{setting} setting, in percentage points. Red: ours is higher, blue: ours is lower; n/a: not available{others}. "
+               "Protocols differ (crop, resolution, class label at test); the notes under the tables say how.")
     return gap_heatmap(gaps, f"{name}: {variant} minus published"), caption
 
 
@@ -671,26 +679,26 @@ def _published_cells(theirs, categories, paper):
 # %% ../nbs/44_gallery.ipynb #e00be2b6
 def draw_roc(evidence):
     "The mean ROC curve of every variant."
-    curves = {}
+    curves: dict[str, list] = {}
     for (variant, *_), own in evidence.scores().groupby(["variant", "seed", "category"], sort=False):
         if own.label.nunique() == 2:
             curves.setdefault(variant, []).append(roc_curve(own.label, own.score, drop_intermediate=False)[:2])
     if not curves:
         raise LeftOut("no category has normal and anomalous test files")
-    caption = (f"{evidence.dataset} ({evidence.extent()}): ROC curves over test files, averaged vertically over categories and seeds, so that the area under "
-               "a curve is the mean AUROC.")
+    caption = (f"{evidence.dataset} ({evidence.extent()}): ROC curves over test files, averaged vertically over categories and seeds, "
+               "so that the area under a curve is the mean AUROC.")
     return variant_curves({name: mean_curve(own) for name, own in curves.items()}, evidence.styles), caption
 
 
 def draw_pro(evidence):
     "The mean per-region overlap curve of every variant."
-    curves = {}
+    curves: dict[str, list] = {}
     for leaf, arrays in evidence.arrays("pixels"):
         curves.setdefault(leaf.variant, []).append(counted_pro_curve(PixelCounts(**arrays)))
     if not curves:
         raise LeftOut("no masks" if "pixel_ap" not in evidence.leading else "no pixels/ in the run folders; evaluate them again")
-    caption = (f"{evidence.dataset} ({evidence.extent()}): per-region overlap against the false positive rate over normal pixels, averaged vertically over "
-               "categories and seeds. AUPRO is the area up to 0.3, divided by 0.3.")
+    caption = (f"{evidence.dataset} ({evidence.extent()}): per-region overlap against the false positive rate over normal pixels, "
+               "averaged vertically over categories and seeds. AUPRO is the area up to 0.3, divided by 0.3.")
     return variant_curves({name: mean_curve(own) for name, own in curves.items()}, evidence.styles, "pro"), caption
 
 
@@ -699,12 +707,14 @@ def draw_histograms(evidence):
     scores = standardise(evidence.scores())
     if scores.standard.isna().all():
         raise LeftOut("no category has two normal test files with different scores")
-    caption = (f"{evidence.dataset} ({evidence.extent()}): scores of normal (grey) and anomalous (coloured) test files, in standard deviations of the "
-               "normal test files of the same category and seed, all categories and seeds together; the outermost bins hold everything beyond.")
+    caption = (f"{evidence.dataset} ({evidence.extent()}): scores of normal (grey) and anomalous (coloured) test files, "
+               "in standard deviations of the "
+               "normal test files of the same category and seed, all categories and seeds together; "
+               "the outermost bins hold everything beyond.")
     return variant_histograms(scores, evidence.styles), caption
 
 # %% ../nbs/44_gallery.ipynb #0791466c
-FIGURES = {"qualitative": draw_qualitative, "sounds": draw_sounds, "ablation": draw_ablation, "cost": draw_cost,
+FIGURES: dict[str, Callable] = {"qualitative": draw_qualitative, "sounds": draw_sounds, "ablation": draw_ablation, "cost": draw_cost,
            "gaps": draw_gaps, "gaps_pixel_ap": partial(draw_gaps, metric="pixel_ap"),
            "published": draw_published, "published_pixel_ap": partial(draw_published, metric="pixel_ap"),
            "roc": draw_roc, "pro": draw_pro, "histograms": draw_histograms}

@@ -147,7 +147,7 @@ class PartialNoisingCorrection(SchedulerMixin, ConfigMixin):
         self.timesteps = torch.tensor([round(start * k / n) - 1 for k in range(n, 0, -1)])
         self.scheduler.set_timesteps(timesteps=self.timesteps.tolist())
         self.scheduler.set_begin_index(0)
-        self.noises = {}  # seed index and shape -> what `draw` gave
+        self.noises: dict[tuple, torch.Tensor] = {}  # seed index and shape -> what `draw` gave
 
     def draw(self, seed_index, shape):
         "The noise (1, C, h, w) of the `seed_index`-th seed for latents of `shape` (C, h, w), on the CPU; drawn once and kept."

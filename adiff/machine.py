@@ -17,6 +17,7 @@ import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -53,16 +54,17 @@ def _suits_onednn(x):
 class _Packable:
     "A layer of oneDNN. `packed` is None, or inside `packed_weights` the input shape and weights that were packed for it."
 
-    packed = None
+    packed: tuple | None = None
 
     def _convolve(self, x, weight, stride=(1, 1), padding=(0, 0)):
         "The convolution of x (N, C, h, w) with `weight` (D, C, kh, kw)."
+        bias = self.bias  # type: ignore[attr-defined] # of the layer that this is mixed into
         if self.packed is None or torch.is_grad_enabled():
-            return torch.mkldnn_convolution(x, weight, self.bias, padding, stride, (1, 1), 1)
+            return torch.mkldnn_convolution(x, weight, bias, padding, stride, (1, 1), 1)
         if not self.packed or self.packed[0] != x.shape:
             weight = torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, (1, 1), 1, x.shape)
             self.packed = x.shape, weight
-        return torch.ops.mkldnn._convolution_pointwise(x, self.packed[1], self.bias, padding, stride, (1, 1), 1, "none", [], "")
+        return torch.ops.mkldnn._convolution_pointwise(x, self.packed[1], bias, padding, stride, (1, 1), 1, "none", [], "")
 
 
 class Pointwise(_Packable, nn.Linear):
@@ -86,10 +88,12 @@ class Convolution(_Packable, nn.Conv2d):
 def use_onednn(module):
     "Replaces every `nn.Linear` and plain `nn.Conv2d` inside `module` by one of the above, which shares its parameters; returns `module`."
     for name, child in module.named_children():
+        replacement: Pointwise | Convolution
         if type(child) is nn.Linear:
             replacement = Pointwise(child.in_features, child.out_features, child.bias is not None, device="meta")
         elif type(child) is nn.Conv2d and child.groups == 1 and child.dilation == (1, 1) and child.padding_mode == "zeros":
-            replacement = Convolution(child.in_channels, child.out_channels, child.kernel_size, child.stride, child.padding,
+            kernel_size, stride, padding = child.kernel_size, child.stride, child.padding
+            replacement = Convolution(child.in_channels, child.out_channels, kernel_size, stride, padding,  # type: ignore[arg-type]
                                       bias=child.bias is not None, device="meta")
         else:
             use_onednn(child)
@@ -137,7 +141,8 @@ class MachineSettings:
 
 
 def use_machine(device, deterministic=False):
-    """Sets threads and what happens to freed memory, and on a GPU TF32 products and the choice of convolution kernels; returns the `MachineSettings`.
+    """Sets threads and what happens to freed memory, and on a GPU TF32 products and the choice of convolution kernels; returns the
+    `MachineSettings`.
 
     deterministic: from now on in this process, on a GPU too, the same call gives the same bits; an operation that cannot raises
     `RuntimeError`. The settings are logged, once in a process (and by the first one of several that train together).
@@ -147,7 +152,8 @@ def use_machine(device, deterministic=False):
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # a check for bugs, which costs time
+        memory: Any = torch.utils.deterministic
+        memory.fill_uninitialized_memory = False  # a check for bugs, which costs time
         torch.backends.cudnn.deterministic = True
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
@@ -164,7 +170,7 @@ def use_machine(device, deterministic=False):
     return settings
 
 
-_told = set()
+_told: set[MachineSettings] = set()
 
 
 def describe_device(device):

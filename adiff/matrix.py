@@ -103,7 +103,8 @@ def read_matrix(path):
         values = YAML(typ="safe", pure=True).load(Path(path).read_text(encoding="utf-8"))
     except RecursionError:
         raise InputError(f"{path}: not valid YAML: nested too deeply") from None
-    except (YAMLError, ValueError, TypeError) as error:  # ValueError: another encoding, a date that does not exist, a number of thousands of digits
+    # ValueError: another encoding, a date that does not exist, a number of thousands of digits
+    except (YAMLError, ValueError, TypeError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}: " if mark else ""
         raise InputError(f"{path}: not valid YAML: {line}{getattr(error, 'problem', None) or error}") from None
@@ -139,7 +140,7 @@ class Notebook:
             raise InputError(f"{path}: has no cell tagged 'parameters', so nothing could be told to it")
         types = {}
         for statement in ast.parse(sources[tagged.index(True)]).body:
-            if isinstance(statement, ast.AnnAssign):
+            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
                 types[statement.target.id] = {"int": int, "float": float, "str": str, "bool": bool}.get(ast.unparse(statement.annotation))
             elif isinstance(statement, ast.Assign):
                 types.update((target.id, None) for target in statement.targets if isinstance(target, ast.Name))
@@ -165,13 +166,13 @@ def imported_modules(code, known):
         tree = ast.parse("\n".join(line for line in code.split("\n") if not line.lstrip().startswith(("%", "!"))))
     except SyntaxError:
         return set(known)
-    found = set()
+    found: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] == "adiff"):
             parts = (node.module or "").split(".")
             names = [alias.name for alias in node.names]
             inside = bool(node.level and parts[0]) or len(parts) > 1
-            found |= {parts[-1]} if inside else {*names, *(adiff._homes.get(name) for name in names)}
+            found |= {parts[-1]} if inside else {*names, *(adiff._homes[name] for name in names if name in adiff._homes)}
         elif isinstance(node, ast.Import):
             found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("adiff.")}
     return found & set(known)
@@ -316,8 +317,8 @@ def _check_method(path, parameters, kind, where):
 def plan(path, parameters=None, only=None, data=None):
     """The runs of the matrix file `path`: a list of `PlannedRun`, in the order of the file.
 
-    parameters: fixed parameters that replace (mappings: extend) the file's. only: {axis, or "group": labels} to keep. data: {dataset: folder} in
-    place of the file's paths. Everything that can be wrong with them is found here, before anything runs; raises `InputError`.
+    parameters: fixed parameters that replace (mappings: extend) the file's. only: {axis, or "group": labels} to keep. data: {dataset:
+    folder} in place of the file's paths. Everything that can be wrong with them is found here, before anything runs; raises `InputError`.
     """
     path = Path(path)
     matrix = read_matrix(path)
@@ -325,7 +326,7 @@ def plan(path, parameters=None, only=None, data=None):
         if name not in matrix.datasets:
             raise unknown_name(f"dataset of {path.name}", name, matrix.datasets)
     runs, unused = [], set(parameters or {})
-    labels = {axis: set() for axis in only or {}}
+    labels: dict[str, set[str]] = {axis: set() for axis in only or {}}
     for name, group in matrix.groups.items():
         where = f"{path.name}: group {name}"
         notebook = Notebook.read(path.parent / group.notebook)
@@ -346,7 +347,7 @@ def plan(path, parameters=None, only=None, data=None):
             raise unknown_name(f"axis of {path.name}", axis, {"group", *(axis for group in matrix.groups.values() for axis in group.axes)})
         if set(only[axis]) - found:
             raise unknown_name(f"value of axis {axis} of {path.name}", sorted(set(only[axis]) - found)[0], found)
-    seen = {}
+    seen: dict[str, str] = {}
     for run in runs:
         if run.identity in seen:
             raise InputError(f"{path.name}: {seen[run.identity]} and {run.label} are the same run; leave one out")
@@ -371,7 +372,7 @@ def _planned(matrix, matrix_name, name, group, notebook, point, values, data, wh
         notebook.check(key, value, where)
     make, kind, fingerprint, told = None, "image", None, dict(values)
     if "data_root" in values:
-        dataset = matrix.datasets.get(values["data_root"], MatrixDataset(path=values["data_root"]))
+        dataset = matrix.datasets.get(values["data_root"], MatrixDataset.model_validate({"path": values["data_root"]}))
         if dataset.make:
             make = {"name": values["data_root"], "make": dataset.make, "options": dataset.options}
             kind, fingerprint = "sound" if dataset.make == "demo_sounds" else "image", _digest([dataset.make, dataset.options])

@@ -8,9 +8,10 @@ __all__ = ['METRIC_NAMES', 'metric_title', 'image_metrics', 'pro_curve', 'area_u
            'counted_pro_curve', 'bootstrap_weights', 'weighted_image_metrics']
 
 # %% ../nbs/41_metrics.ipynb #5178955f
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import zip_longest
 from statistics import harmonic_mean
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from scipy.ndimage import label as label_regions
@@ -23,13 +24,13 @@ METRIC_NAMES = ("image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel
 _image_names = (*METRIC_NAMES[:3], "image_pauc")
 
 
-def metric_title(metric, kind="image"):
+def metric_title(metric: str, kind: str = "image") -> str:
     "The name of a metric as it stands in tables and figures: `image_auroc` is image AUROC, or clip AUROC of sounds."
     words = {"image": "clip" if kind == "sound" else "image", "auroc": "AUROC", "ap": "AP", "pauc": "pAUC", "f1": "F1", "aupro": "AUPRO"}
     return " ".join(words.get(word, word) for word in metric.split("_")).replace("F1 max", "F1-max")
 
 # %% ../nbs/41_metrics.ipynb #118ba33e
-def image_metrics(labels, scores):
+def image_metrics(labels: Any, scores: Any) -> dict[str, Any]:
     """AUROC, AP, F1-max and pAUC of the images (or sounds).
 
     labels: (N,) 0 normal, 1 anomalous (or bool); scores: (N,) larger = more anomalous. Arrays, lists or torch tensors.
@@ -52,7 +53,7 @@ def image_metrics(labels, scores):
     return {**dict(zip(_image_names, map(float, values))), "notes": []}
 
 # %% ../nbs/41_metrics.ipynb #32c7390a
-def _array(values):
+def _array(values: Any) -> np.ndarray:
     "A numpy array of `values`, which may be a torch tensor on any device."
     if hasattr(values, "detach"):
         values = values.detach().cpu()
@@ -60,13 +61,13 @@ def _array(values):
     return np.asarray(values)
 
 
-def _check_finite(values, what):
+def _check_finite(values: np.ndarray, what: str) -> None:
     "Raises `InputError` if there is a NaN or an infinity: sorting would hide it in a plausible number."
     if not np.isfinite(values).all():
         raise InputError(f"{what}: contains NaN or infinite values; look for a diverged model or a broken input file")
 
 
-def _undefined(names, reason):
+def _undefined(names: Iterable[str], reason: str) -> dict[str, Any]:
     "The metrics `names`, all None for the one `reason`."
     return {**dict.fromkeys(names), "notes": [f"{name}: {reason}" for name in names]}
 
@@ -74,7 +75,7 @@ def _undefined(names, reason):
 _held = 2**21  # so many distinct anomalous scores, and eight times as many normal pixels, are in memory at once
 
 
-def _pairs(masks, maps):
+def _pairs(masks: Any, maps: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     "Yields (mask as bool (H, W), map (H, W)) of every image, checked."
     if hasattr(masks, "__next__") or hasattr(maps, "__next__"):
         raise InputError("masks and maps: an iterator can be read only once, but every image is read several times; give lists or arrays")
@@ -91,12 +92,12 @@ def _pairs(masks, maps):
         raise InputError("masks and maps: no image at all; give at least one")
 
 
-def _each(images):
+def _each(images: Any) -> Iterable:
     "Iterates over `images`, even if they only have a length and an item at every index."
     return images if hasattr(images, "__iter__") else (images[index] for index in range(len(images)))
 
 
-def _region_shares(mask):
+def _region_shares(mask: np.ndarray) -> tuple[np.ndarray, int]:
     "Of every anomalous pixel of `mask` (H, W), its share 1 / |C_k| of the region it lies in; and the number of regions."
     if not mask.any():
         return np.zeros(0), 0
@@ -105,26 +106,28 @@ def _region_shares(mask):
     return 1 / np.bincount(in_region)[in_region], number
 
 # %% ../nbs/41_metrics.ipynb #142a78e0
-def _highest_scores(masks, maps, below):
+def _highest_scores(masks: Any, maps: Any, below: float) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """The `_held` highest distinct anomalous scores under `below`, falling; of each, the number of its pixels and the sum of their shares.
 
     And the numbers of normal and anomalous pixels and of regions in all images, int64 (3,).
     """
-    parts, size, totals = [], 0, np.zeros(3, int)
+    parts: list[list[np.ndarray]] = []
+    size, totals = 0, np.zeros(3, int)
     for mask, anomaly_map in _pairs(masks, maps):
         scores, (share, regions) = anomaly_map[mask], _region_shares(mask)
         totals += mask.size - len(scores), len(scores), regions
         under = scores < below
         if under.any() or not parts:
-            parts.append((scores[under], np.ones(under.sum(), int), share[under]))
+            parts.append([scores[under], np.ones(under.sum(), int), share[under]])
             size += len(parts[-1][0])
         if size > 2 * _held:  # what is cut off here, is lower than `_held` others: a later range will find it again
             parts = [[one[:_held] for one in _merge_ties(parts)]]
             size = len(parts[0][0])
-    return *(one[:_held] for one in _merge_ties(parts)), totals
+    scores, numbers, shares = (one[:_held] for one in _merge_ties(parts))
+    return scores, numbers, shares, totals
 
 
-def _merge_ties(parts):
+def _merge_ties(parts: Sequence[Sequence[np.ndarray]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Joins `parts`, (scores, numbers, shares) each, to one whose scores are distinct and falling."
     scores, numbers, shares = map(np.concatenate, zip(*parts))
     order = np.argsort(scores)[::-1]
@@ -133,7 +136,7 @@ def _merge_ties(parts):
     return scores[first], np.add.reduceat(numbers[order], first), np.add.reduceat(shares[order], first)
 
 
-def _normal_portions(masks, maps, lowest, below):
+def _normal_portions(masks: Any, maps: Any, lowest: float, below: float) -> Iterator[np.ndarray]:
     "Yields the scores of all normal pixels from `lowest` to under `below` in portions, sorted each."
     parts, size = [], 0
     for mask, anomaly_map in _pairs(masks, maps):
@@ -149,7 +152,8 @@ def _normal_portions(masks, maps, lowest, below):
 
 # %% ../nbs/41_metrics.ipynb #82c70ab8
 class _Corners(NamedTuple):
-    "What m thresholds, the distinct anomalous scores of a range from the highest down, let through; and before them, the last of the range above."
+    """What m thresholds, the distinct anomalous scores of a range from the highest down, let through; and before them, the last of the
+    range above."""
     threshold: np.ndarray    # (m,)
     true: np.ndarray         # (m + 1,) anomalous pixels at or above it
     overlap: np.ndarray      # (m + 1,) the covered share of each region, summed over the regions
@@ -160,9 +164,12 @@ class _Corners(NamedTuple):
     regions: int             # all regions
 
 
-def _corner_ranges(masks, maps):
-    "Yields the `_Corners` of one range of scores after the other. Raises `InputError` as `pro_curve` says, but not for a missing kind of pixel."
-    below, true, overlap, false = np.inf, [0], [0.0], [0]
+def _corner_ranges(masks: Any, maps: Any) -> Iterator[_Corners]:
+    """Yields the `_Corners` of one range of scores after the other.
+
+    Raises `InputError` as `pro_curve` says, but not for a missing kind of pixel.
+    """
+    below, true, overlap, false = np.inf, np.zeros(1, int), np.zeros(1), np.zeros(1, int)
     while True:
         thresholds, numbers, shares, totals = _highest_scores(masks, maps, below)
         above, at = np.full((2, len(thresholds)), false[-1])
@@ -170,7 +177,8 @@ def _corner_ranges(masks, maps):
             above += len(portion) - np.searchsorted(portion, thresholds, side="right")
             at += len(portion) - np.searchsorted(portion, thresholds)
         true = np.append(0, np.cumsum(numbers)) + true[-1]
-        overlap = np.float64(np.append(0, np.cumsum(shares, dtype=np.longdouble)) + overlap[-1])  # rounding of millions of shares adds up
+        # the rounding of millions of shares adds up
+        overlap = (np.append(0, np.cumsum(shares, dtype=np.longdouble)) + overlap[-1]).astype(np.float64)
         false = np.append(false[-1], at)
         yield _Corners(thresholds, true, overlap, false, above, *totals.tolist())
         if true[-1] == totals[1]:
@@ -178,7 +186,7 @@ def _corner_ranges(masks, maps):
         below = thresholds[-1]
 
 
-def _path(corners, heights):
+def _path(corners: _Corners, heights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "(false positives, heights) along a curve over the `corners`: flat up to each score, then the step (a slope where tied)."
     false = np.append(corners.false[0], np.stack([corners.false_above, corners.false[1:]], 1).ravel())
     heights = np.append(np.repeat(heights[:-1], 2), heights[-1])
@@ -187,7 +195,7 @@ def _path(corners, heights):
     return np.append(false, corners.normal), np.append(heights, heights[-1])  # flat to the end
 
 # %% ../nbs/41_metrics.ipynb #989ef3bd
-def pro_curve(masks, maps):
+def pro_curve(masks: Any, maps: Any) -> np.ndarray:
     """The exact per-region overlap curve: (fpr, pro), two float64 arrays from (0, 0) to (1, 1), both ascending.
 
     masks: (N, H, W), > 0 = anomalous; maps: (N, H, W), larger = more anomalous; arrays, torch tensors, or lists of
@@ -195,22 +203,22 @@ def pro_curve(masks, maps):
     Raises `InputError` for empty input, unequal shapes, NaN or infinite maps, and if there is no anomalous or no
     normal pixel.
     """
-    paths = []
+    paths: list[np.ndarray] = []
     for corners in _corner_ranges(masks, maps):
         if reason := _missing(corners.normal, corners.anomalous):
             raise InputError(f"aupro is undefined: {reason}; give masks with both kinds")
-        paths.append(np.stack(_path(corners, corners.overlap))[:, bool(paths):])  # each begins where the one before ended
+        paths.append(np.stack(_path(corners, corners.overlap))[:, int(bool(paths)):])  # each begins where the one before ended
     return np.concatenate(paths, axis=1) / [[corners.normal], [corners.regions]]
 
 
-def _missing(normal, anomalous):
+def _missing(normal: int, anomalous: int) -> str:
     "Which kind of pixel is missing, in words, or an empty string."
     if not anomalous:
         return "no anomalous pixel"
     return "" if normal else "no normal pixel"
 
 
-def area_up_to(fpr, heights, fpr_limit):
+def area_up_to(fpr: np.ndarray, heights: np.ndarray, fpr_limit: float) -> float:
     """The area under the piecewise linear curve (fpr, heights) up to `fpr_limit`, divided by it: in 0..1.
 
     The curve is interpolated at the limit. Raises `InputError` unless 0 < fpr_limit <= 1.
@@ -221,13 +229,13 @@ def area_up_to(fpr, heights, fpr_limit):
     return float(np.trapezoid(heights, np.append(fpr[inside], fpr_limit)) / fpr_limit)
 
 
-def _check_limit(fpr_limit):
+def _check_limit(fpr_limit: float) -> None:
     "Raises `InputError` unless 0 < fpr_limit <= 1."
     if not 0 < fpr_limit <= 1:
         raise InputError(f"fpr_limit is {fpr_limit}; choose a value above 0 and at most 1")
 
 # %% ../nbs/41_metrics.ipynb #33a8ee05
-def pixel_metrics(masks, maps):
+def pixel_metrics(masks: Any, maps: Any) -> dict[str, Any]:
     """Pixel AUROC, AP, F1-max and AUPRO (up to FPR 0.3) over all pixels of all images, exact.
 
     Input as in `pro_curve`, of any number of images: they are read one by one, several times, and at most some 600 MB are in
@@ -238,7 +246,7 @@ def pixel_metrics(masks, maps):
     return _exact_metrics(masks, maps, 0.3)
 
 
-def aupro(masks, maps, fpr_limit=0.3):
+def aupro(masks: Any, maps: Any, fpr_limit: float = 0.3) -> float:
     "Exact area under the per-region overlap curve up to `fpr_limit`, in 0..1. Input as in `pixel_metrics`, errors as in `pro_curve`."
     _check_limit(fpr_limit)
     found = _exact_metrics(masks, maps, fpr_limit)
@@ -247,7 +255,7 @@ def aupro(masks, maps, fpr_limit=0.3):
     return found["aupro"]
 
 
-def _exact_metrics(masks, maps, fpr_limit):
+def _exact_metrics(masks: Any, maps: Any, fpr_limit: float) -> dict[str, Any]:
     "`pixel_metrics`, with AUPRO up to `fpr_limit`."
     roc = precision_sum = overlap = best = 0.0
     for corners in _corner_ranges(masks, maps):
@@ -263,14 +271,14 @@ def _exact_metrics(masks, maps, fpr_limit):
     return {**dict(zip(METRIC_NAMES[3:], map(float, values))), "notes": []}
 
 
-def _areas(x, heights, end):
+def _areas(x: np.ndarray, heights: np.ndarray, end: float) -> Any:
     "The areas, as far as x = `end`, under piecewise linear curves through points (x, heights), (..., points) both."
     step, width = np.diff(x), np.diff(np.minimum(x, end))
     part = np.divide(width, step, out=np.zeros(step.shape), where=step > 0)
     return np.sum(width * (heights[..., :-1] + np.diff(heights) * part / 2), axis=-1)
 
 # %% ../nbs/41_metrics.ipynb #dfc3509d
-def official_aupro(masks, maps):
+def official_aupro(masks: Any, maps: Any) -> float:
     """AUPRO as the official DeCo-Diff code approximates it, with 200 thresholds. For comparison only.
 
     Input and errors as in `pro_curve`; also raises `InputError` if fewer than two points lie below FPR 0.3.
@@ -291,7 +299,7 @@ def official_aupro(masks, maps):
     return float(np.trapezoid(pro[inside], fpr[inside]) / fpr[inside].max())
 
 
-def _binned(masks, maps, thresholds, side="right"):
+def _binned(masks: Any, maps: Any, thresholds: np.ndarray, side: Literal["left", "right"] = "right") -> Iterator[tuple]:
     """Yields, of every image, a row of `PixelCounts` in the bins between ascending `thresholds`, from the highest down.
 
     A value that equals a threshold is counted above it, with side "left" below it.
@@ -304,7 +312,7 @@ def _binned(masks, maps, thresholds, side="right"):
                np.bincount(number[mask], share, minlength=size), regions)
 
 # %% ../nbs/41_metrics.ipynb #8fa2fd7e
-def mean_metrics(per_category):
+def mean_metrics(per_category: dict[str, dict]) -> dict[str, Any]:
     """The mean of each of `METRIC_NAMES`, and of image_pauc, over the categories in which it is defined.
 
     per_category: {category: {metric: float or None, ...}}, as `image_metrics` and `pixel_metrics` return them, merged.
@@ -314,7 +322,7 @@ def mean_metrics(per_category):
     return _averages(per_category, (*METRIC_NAMES, "image_pauc"), np.mean, "mean")
 
 
-def _averages(per_category, names, average, word):
+def _averages(per_category: dict[str, dict], names: Iterable[str], average: Callable, word: str) -> dict[str, Any]:
     "The `average`, called `word` in the notes, of each of the metrics `names` over the categories that have it."
     if not per_category:
         raise InputError("per_category: no category at all; give at least one")
@@ -329,7 +337,7 @@ def _averages(per_category, names, average, word):
     return {**means, "notes": notes}
 
 # %% ../nbs/41_metrics.ipynb #748f0b56
-def harmonic_mean_metrics(per_category):
+def harmonic_mean_metrics(per_category: dict[str, dict]) -> dict[str, Any]:
     """The harmonic means of image_auroc, image_ap and image_pauc over the categories in which each is defined.
 
     Input, notes and errors as in `mean_metrics`; a category with the value 0 makes the mean 0.
@@ -345,7 +353,7 @@ class PixelCounts(NamedTuple):
     regions: np.ndarray    # (n,) int32
 
 
-def pixel_counts(masks, maps, bins=1000):
+def pixel_counts(masks: Any, maps: Any, bins: int = 1000) -> PixelCounts:
     """The `PixelCounts` of images in at most `bins` bins; metrics from them are within 0.001 of the exact ones.
 
     Input as in `pixel_metrics`, errors as in `pro_curve`. Exact if the maps have fewer than bins / 2 distinct anomalous values.
@@ -354,7 +362,7 @@ def pixel_counts(masks, maps, bins=1000):
     return PixelCounts(*map(np.stack, zip(*rows)))
 
 
-def _thresholds(masks, maps, bins):
+def _thresholds(masks: Any, maps: Any, bins: int) -> np.ndarray:
     "At most bins - 1 map values, ascending: corners of the curves, evenly spaced along them. Raises `InputError` as `pro_curve`."
     values, along = np.zeros((2, 0))
     for corners in _corner_ranges(masks, maps):
@@ -365,12 +373,12 @@ def _thresholds(masks, maps, bins):
         overlap = _path(corners, corners.overlap / corners.regions)[1]
         new = corners.threshold * 1.0  # integers have no value just above
         new = np.stack([np.nextafter(new, new.dtype.type(np.inf)), new], 1).ravel()  # before and after each step
-        new = new, (2 * np.sqrt(true) + overlap + false / corners.normal)[1:size + 1]
-        values, along = map(np.concatenate, zip(before, new)) if len(values) else new
+        found = new, (2 * np.sqrt(true) + overlap + false / corners.normal)[1:size + 1]
+        values, along = map(np.concatenate, zip(before, found)) if len(values) else found
     return np.unique(_evenly(values, along, bins - 1)[0])
 
 
-def _evenly(values, along, most):
+def _evenly(values: np.ndarray, along: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
     "At most `most` of the points `values` and `along`, evenly spaced in the latter, which ascends."
     if len(values) <= most:
         return values, along
@@ -378,7 +386,7 @@ def _evenly(values, along, most):
     return values[chosen], along[chosen]
 
 # %% ../nbs/41_metrics.ipynb #3cf12cf1
-def counted_metrics(counts, weights=None):
+def counted_metrics(counts: PixelCounts, weights: Any = None) -> dict[str, Any]:
     """The metrics of `pixel_metrics` from `PixelCounts` of n images.
 
     weights: (R, n), how often each image stands in each of R resamples. Returns {"pixel_auroc", "pixel_ap", "pixel_f1_max",
@@ -386,7 +394,7 @@ def counted_metrics(counts, weights=None):
     """
     joined = np.concatenate([counts.normal, counts.anomalous, counts.overlap], axis=1, dtype=float)
 
-    def of(rows):
+    def of(rows: np.ndarray) -> np.ndarray:
         false, true, overlap = np.cumsum((rows @ joined).reshape(len(rows), 3, -1), axis=2).swapaxes(0, 1)
         with np.errstate(divide="ignore", invalid="ignore"):
             fpr, pro = false / false[:, -1:], overlap / (rows @ counts.regions)[:, None]
@@ -397,13 +405,13 @@ def counted_metrics(counts, weights=None):
     return dict(zip(METRIC_NAMES[3:], found if weights is not None else found[:, 0].tolist()))
 
 
-def _in_parts(function, weights):
+def _in_parts(function: Callable[[np.ndarray], np.ndarray], weights: Any) -> np.ndarray:
     "`function` of a hundred rows of `weights` (R, n) at a time, which fit the processor's cache, its results (metrics, R) joined."
     weights = np.asarray(weights, float)
     return np.concatenate([function(weights[start:start + 100]) for start in range(0, len(weights), 100)], axis=1)
 
 
-def _ranking_metrics(false, true):
+def _ranking_metrics(false: np.ndarray, true: np.ndarray) -> list[np.ndarray]:
     "AUROC, AP and F1-max, (R,) each, of the normal and anomalous counts (R, thresholds) at or above falling thresholds."
     with np.errstate(divide="ignore", invalid="ignore"):
         recall, fpr = true / true[:, -1:], false / false[:, -1:]
@@ -415,18 +423,18 @@ def _ranking_metrics(false, true):
     return [np.where(undefined, np.nan, values) for values in (auroc, (steps * precision).sum(1), f1)]
 
 
-def _from_origin(counts):
+def _from_origin(counts: np.ndarray) -> np.ndarray:
     "`counts` (R, thresholds) with the zero before the first threshold: (R, thresholds + 1)."
     return np.pad(counts, ((0, 0), (1, 0)))
 
 
-def counted_pro_curve(counts):
+def counted_pro_curve(counts: PixelCounts) -> tuple[np.ndarray, np.ndarray]:
     "The per-region overlap curve (fpr, pro) of `PixelCounts`, as `pro_curve` returns it, with a point per bin."
     false, overlap = np.cumsum(counts.normal.sum(0)), np.cumsum(counts.overlap.sum(0, dtype=float))
     return np.append(0, false / false[-1]), np.append(0, overlap / counts.regions.sum())
 
 # %% ../nbs/41_metrics.ipynb #00010323
-def bootstrap_weights(labels, replicates=1000, seed=0):
+def bootstrap_weights(labels: Any, replicates: int = 1000, seed: int = 0) -> np.ndarray:
     "Weights (replicates, n) int64: how often each image stands in a resample, drawn within those of `labels` (n,) 0 and those of 1."
     labels, generator = _array(labels).ravel(), np.random.default_rng(seed)
     weights = np.zeros((replicates, len(labels)), int)
@@ -437,7 +445,7 @@ def bootstrap_weights(labels, replicates=1000, seed=0):
     return weights
 
 
-def weighted_image_metrics(labels, scores, weights):
+def weighted_image_metrics(labels: Any, scores: Any, weights: Any) -> dict[str, np.ndarray]:
     """The metrics of `image_metrics` for resamples of the images.
 
     labels and scores as there, (n,); weights: (R, n), how often each image stands in each resample. Returns {"image_auroc",
@@ -448,7 +456,7 @@ def weighted_image_metrics(labels, scores, weights):
     last = np.append(np.flatnonzero(np.diff(scores[order])), len(order) - 1)  # equal scores are passed together
     anomalous = labels[order] == 1
 
-    def of(rows):
+    def of(rows: np.ndarray) -> np.ndarray:
         false, true = (np.cumsum(rows[:, order] * kind, axis=1)[:, last] for kind in (~anomalous, anomalous))
         with np.errstate(divide="ignore", invalid="ignore"):
             area = _areas(_from_origin(false / false[:, -1:]), _from_origin(true / true[:, -1:]), 0.1)

@@ -9,10 +9,12 @@ __all__ = ['AnomalyOutput', 'map_scores', 'loudest', 'calibrate_scores', 'Anomal
 import math
 import sys
 import tempfile
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,8 +25,9 @@ from huggingface_hub import ModelCard, ModelCardData, create_repo, snapshot_down
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
 from .audio import LogMel
-from .core import InputError, read_json, unknown_name
-from .data import PROTOCOLS
+from .codecs import Codec
+from .core import AnyPath, InputError, read_json, unknown_name
+from .data import PROTOCOLS, Protocol
 from .extensions import import_extension
 from .machine import network_precision, packed_weights
 
@@ -34,8 +37,8 @@ class AnomalyOutput(BaseOutput):
     """Detections for N images or sounds, as numpy arrays in the order of the input.
 
     scores: (N,) from each map by `map_scores`, larger = more anomalous.
-    maps: (N, size, size), float32 unless asked otherwise, larger = more anomalous. Their range is the discrepancy's: [0, 1] for DeCo-Diff, standard
-        deviations of held-out normals for ADiff. Of a long sound, the map of the window with the highest score.
+    maps: (N, size, size), float32 unless asked otherwise, larger = more anomalous. Their range is the discrepancy's: [0, 1] for DeCo-Diff,
+        standard deviations of held-out normals for ADiff. Of a long sound, the map of the window with the highest score.
     reconstructions: (N, H, W, channels) in [0, 1], what it would look like if it were normal; None without a decoder.
     discrepancies: name -> (N, size, size), each map before combination.
     normalized_scores: (N,) scores in standard deviations above the mean of held-out normals; None if not calibrated.
@@ -50,19 +53,19 @@ class AnomalyOutput(BaseOutput):
     is_anomalous: np.ndarray | None = None
 
 # %% ../nbs/50_pipeline.ipynb #4cf04167
-def map_scores(maps, top_share=0.0):
+def map_scores(maps: torch.Tensor, top_share: float = 0.0) -> torch.Tensor:
     "Scores (N,) of anomaly maps (N, H, W), tensors: the mean over the largest `top_share` of the values; 0 is the maximum."
     values = maps.flatten(1)
     return values.topk(max(1, round(top_share * values.shape[1])), dim=1).values.mean(1)
 
 
-def loudest(scores, rows):
+def loudest(scores: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     "Indices (n,) of the highest of `scores` (m,) for every one of the rows 0..n-1 that `rows` (m,) int64 names; CPU tensors."
     order = scores.argsort(descending=True, stable=True)
     return order[np.unique(rows[order].numpy(), return_index=True)[1]]  # the first of every row, in the order of rows
 
 # %% ../nbs/50_pipeline.ipynb #d1aa1ee4
-def calibrate_scores(scores, false_positive_rate=0.05):
+def calibrate_scores(scores: Any, false_positive_rate: float = 0.05) -> dict[str, Any]:
     "threshold, mean, std and n of held-out normal `scores` (n,), as plain floats; `std` is never 0."
     scores = np.sort(np.asarray(scores, dtype=np.float64))
     if len(scores) == 0:
@@ -77,7 +80,7 @@ _part_modules = tuple(f"adiff.{name}" for name in (  # diffusers loads parts fro
 
 
 @contextmanager
-def _no_bar():
+def _no_bar() -> Iterator[None]:
     "A context without the bar that diffusers draws for the parts of a pipeline, which are read in a moment."
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
@@ -102,8 +105,9 @@ class AnomalyDetector(DiffusionPipeline):
 
     _optional_components = ["forward_process", "network", "correction"]
 
-    def __init__(self, codec, forward_process, network, correction, discrepancy, categories=("normal",), image_size=256,
-                 protocol="official", top_share=0.0, calibration=None, mixed_precision="no"):
+    def __init__(self, codec: Codec, forward_process: Any, network: Any, correction: Any, discrepancy: Any,
+                 categories: Sequence[str] = ("normal",), image_size: int = 256, protocol: Any = "official", top_share: float = 0.0,
+                 calibration: dict | None = None, mixed_precision: str = "no") -> None:
         super().__init__()
         self.register_modules(codec=codec, forward_process=forward_process, network=network, correction=correction,
                               discrepancy=discrepancy)
@@ -111,7 +115,8 @@ class AnomalyDetector(DiffusionPipeline):
         if isinstance(protocol, str) and protocol not in PROTOCOLS:
             raise unknown_name("protocol", protocol, PROTOCOLS)
         known = {"threshold", "mean", "std"}
-        if calibration is not None and not (isinstance(calibration, dict) and all(known <= dict(one).keys() for one in calibration.values())):
+        if calibration is not None and not (isinstance(calibration, dict)
+                                            and all(known <= dict(one).keys() for one in calibration.values())):
             raise InputError(f"calibration: must hold {', '.join(sorted(known))} of every category, or be None")
         self.register_to_config(categories=list(categories), image_size=image_size, protocol=protocol, top_share=top_share,
                                 calibration=calibration, mixed_precision=mixed_precision)
@@ -121,7 +126,7 @@ class AnomalyDetector(DiffusionPipeline):
                 part.to(memory_format=torch.channels_last)
 
     @classmethod
-    def from_pretrained(cls, folder, **options):
+    def from_pretrained(cls, folder: AnyPath, **options: Any) -> "AnomalyDetector":
         """Loads a detector from a folder written by `save_pretrained`, or from the hub.
 
         Weights are read from safetensors only, and parts come from diffusers, from adiff, from what an installed package offers
@@ -131,7 +136,8 @@ class AnomalyDetector(DiffusionPipeline):
         folder = Path(folder) if Path(folder).is_dir() else Path(cls._from_hub(folder, **options))
         index = read_json(folder / "model_index.json")
         names = sorted(cls._get_signature_keys(cls)[0])
-        if not isinstance(index, dict) or not all(isinstance(index[name], list) and len(index[name]) == 2 for name in names if name in index):
+        listed = [index[name] for name in names if name in index] if isinstance(index, dict) else []
+        if not listed or not all(isinstance(one, list) and len(one) == 2 for one in listed):
             raise InputError(f"{folder / 'model_index.json'}: does not name a module and a class for each of {', '.join(names)}")
         for name in (name for name in names if name in index):
             if index[name][0] is None and name in cls._optional_components:
@@ -150,7 +156,7 @@ class AnomalyDetector(DiffusionPipeline):
         detector._check_weights(folder)
         return detector
 
-    def _check_weights(self, folder):
+    def _check_weights(self, folder: Path) -> None:
         "Raises `InputError` for a weight that the folder lacks, or that is no number."
         for name, part in self.components.items():
             for key, values in part.state_dict().items() if isinstance(part, torch.nn.Module) else ():
@@ -159,7 +165,7 @@ class AnomalyDetector(DiffusionPipeline):
                                      "train again, or copy the model again")
 
     @staticmethod
-    def _check_part(folder, name, library, class_name):
+    def _check_part(folder: Path, name: str, library: str, class_name: Any) -> None:
         "Raises `InputError` unless part `name` is a class of diffusers' kind in a module `library` that is imported already."
         module = sys.modules.get(library)
         part = getattr(module, str(class_name), None)
@@ -171,16 +177,17 @@ class AnomalyDetector(DiffusionPipeline):
         setattr(module, base.__name__, base)  # diffusers looks there for how to load it, and subclasses need not import it
 
     @classmethod
-    def _from_hub(cls, name, **options):
+    def _from_hub(cls, name: AnyPath, **options: Any) -> str:
         "Downloads a detector's files; an `InputError` says where was looked."
         where = ("cache_dir", "force_download", "local_files_only", "revision", "token")
         try:  # not diffusers' own download, which takes the list of categories for a part
-            return snapshot_download(name, allow_patterns=["*.json", "*.safetensors"],
+            return snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors"],
                                      **{key: value for key, value in options.items() if key in where})
         except (OSError, ValueError, RuntimeError) as error:
             raise InputError(f"{name}: neither a folder nor a model on the hub ({type(error).__name__})") from None
 
-    def push_to_hub(self, repo_id, run=None, private=None, token=None, commit_message="Upload AnomalyDetector", create_pr=False):
+    def push_to_hub(self, repo_id: str, run: AnyPath | None = None, private: bool | None = None, token: str | None = None,
+                    commit_message: str = "Upload AnomalyDetector", create_pr: bool = False) -> Any:
         """Uploads what `save_pretrained` writes, with a `model_card`, to the hub; returns what `upload_folder` of huggingface_hub does.
 
         `run`: the run folder that the card describes; None: the folder around the one that the detector was loaded from. A card that
@@ -203,18 +210,18 @@ class AnomalyDetector(DiffusionPipeline):
     # --- from files to tensors --------------------------------------------------------------------------------------
 
     @property
-    def frame(self):
+    def frame(self) -> Protocol | LogMel:
         "The `Protocol` or `LogMel` that turns a file into square tensors."
         protocol = self.config.protocol
         return PROTOCOLS[protocol] if isinstance(protocol, str) else LogMel(**protocol)
 
-    def resize(self, frames):
+    def resize(self, frames: torch.Tensor) -> torch.Tensor:
         "Frames (N, channels, size, size) -> (N, channels, image_size, image_size) for the codec; shrinking averages pixels."
         if frames.shape[-1] == self.config.image_size:
             return frames
         return F.interpolate(frames, size=(self.config.image_size,) * 2, mode="bilinear", antialias=True)
 
-    def frames(self, sources):
+    def frames(self, sources: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Frames (n, channels, size, size) of one source or many, and the position (n,) of the source each comes from.
 
         A source is whatever the frame loads (a path, a PIL image, an array; for sounds a path or (array, rate)), or a tensor
@@ -237,7 +244,7 @@ class AnomalyDetector(DiffusionPipeline):
             rows += [row] * len(parts)
         return torch.stack(found), torch.tensor(rows)
 
-    def _checked_tensor(self, tensor, frame):
+    def _checked_tensor(self, tensor: torch.Tensor, frame: Protocol | LogMel) -> torch.Tensor:
         "A tensor given by the user, as a frame. Raises `InputError` if it has another shape or range."
         limit = 1.001 if frame.kind == "image" else math.inf  # a log-mel picture in [-1, 1] has no outliers
         if tensor.ndim != 3 or tensor.shape[0] != frame.channels or not tensor.isfinite().all() or tensor.abs().max() > limit:
@@ -245,7 +252,7 @@ class AnomalyDetector(DiffusionPipeline):
                              f"{tuple(tensor.shape)} in [{tensor.min():.3g}, {tensor.max():.3g}]")
         return F.interpolate(tensor[None].float(), size=(frame.size,) * 2, mode="bilinear", antialias=True)[0]
 
-    def class_labels(self, category, count):
+    def class_labels(self, category: str | Sequence[str] | None, count: int) -> torch.Tensor:
         """Class labels (count,) int64 on the detector's device, from one category name or a list of `count` of them.
 
         None is enough for a detector of a single category. Raises `InputError` for an unknown or missing category.
@@ -265,7 +272,8 @@ class AnomalyDetector(DiffusionPipeline):
     # --- detection --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def detect_frames(self, frames, class_labels, on_step=None):
+    def detect_frames(self, frames: torch.Tensor, class_labels: torch.Tensor,
+                      on_step: Callable[[int, torch.Tensor], Any] | None = None) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
         """The five sockets in a row, for one batch: frames (n, channels, size, size) and class labels (n,).
 
         Returns (maps, reconstruction): the dict of the discrepancy, each (n, size, size), and the images decoded after
@@ -284,26 +292,28 @@ class AnomalyDetector(DiffusionPipeline):
         maps = self.discrepancy(z, corrected, reference, reconstruction, self.frame.size, network=self.network)
         return maps, reconstruction
 
-    def prepared(self):
+    def prepared(self) -> AbstractContextManager:
         """A context for detecting in many images: on a CPU the network's weights are packed once, not once for each batch.
 
         Weights must not change inside it. Results are the same with and without.
         """
         return packed_weights(self.network)
 
-    def _predictor(self, class_labels):
+    def _predictor(self, class_labels: torch.Tensor) -> Callable[[torch.Tensor, int], torch.Tensor]:
         "What the correction calls: the network for samples of these labels, prepared for several calls if it can be."
         if hasattr(self.network, "predictor"):
             return self.network.predictor(class_labels)
         return lambda z, t: self.network(z, t, class_labels=class_labels).sample
 
     @torch.no_grad()
-    def __call__(self, sources, category=None, batch_size=16, map_dtype=torch.float32):
+    def __call__(self, sources: Any, category: str | Sequence[str] | None = None, batch_size: int = 16,
+                 map_dtype: torch.dtype = torch.float32) -> AnomalyOutput:
         """Detects anomalies in one image or sound or in many; see `frames` for what they may be.
 
         Pictures are framed by the detector's protocol; tensors (channels, H, W) or (N, channels, H, W) are taken as framed
         already. `category` is one name for all or a list; a detector of one category needs none. `map_dtype` torch.float16
-        halves the maps on their way from a GPU and in memory; scores are taken before that. Returns `AnomalyOutput`. Raises `InputError` for unreadable files, an unknown category or a missing one.
+        halves the maps on their way from a GPU and in memory; scores are taken before that. Returns `AnomalyOutput`. Raises `InputError`
+        for unreadable files, an unknown category or a missing one.
         """
         frames, rows = self.frames(sources)
         labels = self.class_labels(category, int(rows[-1]) + 1)
@@ -313,17 +323,18 @@ class AnomalyDetector(DiffusionPipeline):
                 maps, reconstruction = self.detect_frames(batch, own)
                 scores.append(map_scores(maps["anomaly"].float(), self.config.top_share).cpu())
                 found.append({name: one.to(map_dtype).cpu() for name, one in maps.items()})
-                images.append(None if reconstruction is None else reconstruction.float().cpu())
-        maps, scores = {name: torch.cat([batch[name] for batch in found]) for name in found[0]}, torch.cat(scores)
-        chosen = loudest(scores, rows)
+                images += [] if reconstruction is None else [reconstruction.float().cpu()]
+        every = torch.cat(scores)
+        chosen = loudest(every, rows)
         reconstructions = None
-        if images[0] is not None:
+        if images:
             reconstructions = (torch.cat(images)[chosen] / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
-        maps, scores = {name: one[chosen].numpy() for name, one in maps.items()}, scores[chosen].numpy()
+        levels = {name: torch.cat([batch[name] for batch in found])[chosen].numpy() for name in found[0]}
         names = [self.config.categories[label] for label in labels.tolist()]
-        return AnomalyOutput(scores, maps.pop("anomaly"), reconstructions, maps, **self.calibrated(scores, names))
+        final, own = levels.pop("anomaly"), every[chosen].numpy()
+        return AnomalyOutput(own, final, reconstructions, levels, **self.calibrated(own, names))
 
-    def calibrated(self, scores, categories):
+    def calibrated(self, scores: np.ndarray, categories: Sequence[str]) -> dict[str, Any]:
         "normalized_scores and is_anomalous for `scores` (N,) of these `categories`; {} if never calibrated."
         calibration = self.config.calibration
         if not calibration or not set(categories) <= set(calibration):
@@ -331,7 +342,7 @@ class AnomalyDetector(DiffusionPipeline):
         mean, std, threshold = (np.array([calibration[name][key] for name in categories]) for key in ("mean", "std", "threshold"))
         return {"normalized_scores": (scores - mean) / std, "is_anomalous": scores > threshold}
 
-    def calibrate(self, scores, categories):
+    def calibrate(self, scores: Any, categories: Any) -> None:
         "Sets threshold, mean and std of every category from `scores` (n,) of held-out normals of these `categories`."
         scores, categories = np.asarray(scores), np.asarray(categories)
         self.register_to_config(calibration={name: calibrate_scores(scores[categories == name])
@@ -374,10 +385,10 @@ print(found.scores, found.is_anomalous)
 ## Licence
 
 The licence of the training data is not known to adiff, and none is stated for these weights: whoever uploads them should state one.
-"""
+"""  # noqa: E501  a line here is a line of the card
 
 
-def model_card(detector, name, run=None):
+def model_card(detector: AnomalyDetector, name: str, run: AnyPath | None = None) -> str:
     """A model card for the hub, a string: what the detector called `name` is, how to use it, what is known about it and what is not.
 
     Method, data and metrics come from config.json and metrics.json in the folder `run`; None: the folder around the one that the detector

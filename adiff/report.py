@@ -61,7 +61,7 @@ pre { background: #f4f4f4; padding: .8rem; overflow-x: auto; font-size: .85rem; 
 <h2>Figures</h2>{% for name, category, caption in figures %}
 <figure><img src="figures/{{ name|urlencode }}.png" alt="{{ name }}"><figcaption>{% if category %}<b>{{ category }}.</b> {% endif %}{{ caption }}</figcaption></figure>{% endfor %}
 <h2>Configuration</h2><pre>{{ config }}</pre></body></html>
-""")
+""")  # noqa: E501  a line here is a line of the page
 
 
 def write_report(run):

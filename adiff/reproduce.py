@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
@@ -41,7 +42,7 @@ def state(out, run):
 # %% ../nbs/62_reproduce.ipynb #58d9d86e
 def expected_seconds(out, runs):
     "Seconds that each run of a group takes, by earlier runs or by the matrix: {group: seconds or None}."
-    took = {}
+    took: dict[str, list] = {}
     for done in (Path(out)/"runs").glob("*/done.json"):
         took.setdefault(read_json(done.parent/"run.json")["group"], []).append(read_json(done)["seconds"])
     return {run.group: statistics.median(took[run.group]) if run.group in took else run.minutes and 60*run.minutes for run in runs}
@@ -51,15 +52,17 @@ class _Overview:
     "Shows how a batch goes on: its runs (folder -> run), the seconds expected per group, and how many go at once."
 
     def __init__(self, runs, expected, jobs):
-        self.left, self.expected, self.jobs, self.total, self.failed, self.seen, self.drawn = dict(runs), expected, jobs, len(runs), 0, {}, 0.0
+        self.left, self.expected, self.jobs, self.total = dict(runs), expected, jobs, len(runs)
+        self.failed, self.seen, self.drawn = 0, {}, 0.0
         self.terminal = sys.stderr.isatty()
-        self.bar = progress(total=len(runs), desc="runs", bar_format="{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}{postfix}") if self.terminal else None
+        self.bar = progress(total=len(runs), desc="runs",
+                            bar_format="{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}{postfix}") if self.terminal else None
         self.lines = [tqdm(position=slot + 1, bar_format="{desc}", leave=False) for slot in range(min(jobs, 8))] if self.terminal else []
 
     def ended(self, folder, error):
         run = self.left.pop(folder)
         self.failed += error is not None
-        if self.terminal:
+        if self.bar is not None:
             self.bar.update()
         if error or not self.terminal:
             tqdm.write(f"{self.total - len(self.left)}/{self.total} {run.label}: {error or 'done'}{self._hint()}", file=sys.stderr)
@@ -68,7 +71,8 @@ class _Overview:
         "How long it may still take, and what has failed."
         now, expected = time.monotonic(), [self.expected[run.group] for run in self.left.values()]
         elapsed = [now - self.seen.get(folder, now) for folder in self.left]
-        hint = f", about {duration(sum(max(0, a - b) for a, b in zip(expected, elapsed))/self.jobs)} left" if expected and None not in expected else ""
+        known = expected and None not in expected
+        hint = f", about {duration(sum(max(0, a - b) for a, b in zip(expected, elapsed))/self.jobs)} left" if known else ""
         return hint + f", {self.failed} failed"*bool(self.failed)
 
     def show(self, running):
@@ -76,10 +80,11 @@ class _Overview:
             return
         self.drawn = time.monotonic()
         elapsed = {folder: self.drawn - self.seen.setdefault(folder, self.drawn) for folder in running}
-        if self.terminal:
+        if self.bar is not None:
             self.bar.set_postfix_str(self._hint().removeprefix(", "))
         for line, folder in zip(self.lines, [*running, *[None]*len(self.lines)]):
-            line.set_description_str(f"  {self.left[folder].label}  {duration(elapsed[folder])}  {_log_end(folder)}"[:150] if folder else "")
+            line.set_description_str(f"  {self.left[folder].label}  {duration(elapsed[folder])}  {_log_end(folder)}"[:150] if folder
+                                     else "")
 
     def close(self):
         for bar in [*self.lines, *[self.bar]*self.terminal]:
@@ -96,10 +101,10 @@ def reproduce(matrix, out=None, engine="local", jobs=None, device="auto", parame
               engine_options=None, command=""):
     """Carries out a matrix (a name, or a YAML file) below the folder `out`, and makes its tables, figures and site.
 
-    out: reproduced/MATRIX by default. engine: a name in `ENGINES`, with engine_options. jobs: runs at once, None for what the machine allows.
-    parameters, only, data: as `plan` takes them. retry: run again what failed. command: what the user typed, for the results.
-    Returns {label: error or None} of all runs of the matrix; {} if the engine does not wait for them. Raises `InputError` before anything runs;
-    a run that fails is no error. Ctrl-C, and SIGTERM on the command line, end the runs, whose trainings write a checkpoint first.
+    out: reproduced/MATRIX by default. engine: a name in `ENGINES`, with engine_options. jobs: runs at once, None for what the machine
+    allows. parameters, only, data: as `plan` takes them. retry: run again what failed. command: what the user typed, for the results.
+    Returns {label: error or None} of all runs of the matrix; {} if the engine does not wait for them. Raises `InputError` before anything
+    runs; a run that fails is no error. Ctrl-C, and SIGTERM on the command line, end the runs, whose trainings write a checkpoint first.
     """
     path = matrix_file(matrix)
     runs = plan(path, parameters, only, data)
@@ -141,7 +146,8 @@ def _error(folder):
 # %% ../nbs/62_reproduce.ipynb #1cd116ff
 def _write_plan(out, path, runs, command):
     "matrix.json: what was asked for."
-    listed = [{"label": run.label, "folder": f"runs/{run.folder}", "identity": run.identity, "axes": run.axes, "group": run.group} for run in runs]
+    listed = [{"label": run.label, "folder": f"runs/{run.folder}", "identity": run.identity, "axes": run.axes, "group": run.group}
+              for run in runs]
     write_json(out/"matrix.json", {"matrix": path.stem, "description": read_matrix(path).description, "command": command, "runs": listed})
 
 
@@ -159,7 +165,8 @@ def _make_data(folder, made):
     from adiff.demo_data import make_demo_data
     from adiff.demo_sounds import make_demo_sounds
 
-    {"demo_images": make_demo_data, "demo_sounds": make_demo_sounds}[made["make"]](folder, **made["options"])
+    makers: dict[str, Callable] = {"demo_images": make_demo_data, "demo_sounds": make_demo_sounds}
+    makers[made["make"]](folder, **made["options"])
 
 # %% ../nbs/62_reproduce.ipynb #4da176d0
 def _carry_out(engine, out, todo, expected):
@@ -203,8 +210,9 @@ def make_outputs(out):
 def _draw(notebook, out):
     "Executes the notebook of figures, in a process of its own."
     with atomic_path(out/"figures.ipynb") as path:
-        drawn = subprocess.run([sys.executable, "-m", "papermill", str(notebook), str(path), "--no-progress-bar", "-r", "runs", str(out.resolve()),
-                                "-r", "out_dir", str(out.resolve()/"figures")], capture_output=True, text=True)
+        drawn = subprocess.run([sys.executable, "-m", "papermill", str(notebook), str(path), "--no-progress-bar",
+                                "-r", "runs", str(out.resolve()), "-r", "out_dir", str(out.resolve()/"figures")],
+                               capture_output=True, text=True)
         if drawn.returncode:
             raise InputError(f"figures: {next(reversed(drawn.stderr.strip().splitlines()), 'papermill failed')}")
 
@@ -225,6 +233,7 @@ def describe_plan(matrix, out=None, jobs=None, parameters=None, only=None, data=
     counts = {name: sum(found.startswith(name) for found in states.values()) for name in ("done", "failed", "interrupted", "stale", "new")}
     expected, jobs = expected_seconds(out, runs), jobs or make_engine("local", out, runs=len(runs)).at_once
     left = [expected[run.group] for run in runs if states[run.label] not in ("done", "failed")]
-    hint = "no estimate: none has run yet" if None in left else f"about {duration(sum(left)/jobs)} with {jobs} at once" if left else "nothing to do"
+    hint = f"about {duration(sum(left)/jobs)} with {jobs} at once" if left and None not in left else "nothing to do"
+    hint = "no estimate: none has run yet" if None in left else hint
     lines.append(f"{len(runs)} runs: {', '.join(f'{count} {name}' for name, count in counts.items() if count)}; {hint}")
     return states, "\n".join(lines)

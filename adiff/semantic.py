@@ -8,7 +8,7 @@ __all__ = ['SemanticDiscrepancy']
 # %% ../nbs/43_semantic.ipynb #0654d9d9
 import torch
 import torch.nn.functional as F
-from diffusers import ModelMixin  # unused here, but pipelines look in a part's own module for the class that loads it
+from diffusers import ModelMixin  # noqa: F401  unused here, but pipelines look in a part's own module for the class that loads it
 from diffusers.configuration_utils import register_to_config
 
 from .core import InputError, unknown_name
@@ -75,8 +75,8 @@ class SemanticDiscrepancy(Discrepancy):
         maps = {"reconstruction": mirror_resize(multiscale_difference(before, after, self.config.scales), size)}
         weight = self.config.semantic_weight
         if weight > 0:
-            pyramids = self._pyramids(z, corrected, reference, reconstruction, network)
-            maps["semantic"] = cosine_discrepancy(*pyramids, size)
+            one, other = self._pyramids(z, corrected, reference, reconstruction, network)
+            maps["semantic"] = cosine_discrepancy(one, other, size)
         maps = {name: gaussian_smooth(one, self.config.sigma * size / 256) for name, one in maps.items()}
         mean, std = (F.interpolate(one[None], size=(size, size), mode="bilinear")[0] for one in (self.mean, self.std))
         normalized = [(one - m) / s for one, m, s in zip(maps.values(), mean, std)]
@@ -90,7 +90,7 @@ class SemanticDiscrepancy(Discrepancy):
 
         `maps`: an iterable of what `forward` answers, dicts name -> (n, size, size). An empty one changes nothing.
         """
-        count, total, squares = 0, 0, 0
+        count, total, squares = 0, torch.zeros(()), torch.zeros(())
         for batch in maps:
             terms = torch.stack([torch.as_tensor(batch[name]).cpu() for name in ("reconstruction", "semantic") if name in batch]).double()
             count += terms.shape[1]
@@ -102,7 +102,6 @@ class SemanticDiscrepancy(Discrepancy):
         whole = local.mean((1, 2), keepdim=True)
         own, prior = count / (count + self.prior), self.prior / (count + self.prior)
         variance = own * (power - local.square()) + prior * (power.mean((1, 2), keepdim=True) - whole.square())
-        terms = len(local)
-        self.mean[:terms] = own * local + prior * whole
+        self.mean[:len(local)] = own * local + prior * whole
         # a network that has learned nothing yet may answer zero everywhere
-        self.std[:terms] = variance.clamp(min=1e-12).sqrt()
+        self.std[:len(local)] = variance.clamp(min=1e-12).sqrt()

@@ -9,7 +9,9 @@ __all__ = ['read_runs', 'relative_link', 'turn_links', 'notebook_html', 'write_s
 import json
 import os
 import re
+from functools import cache
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 import jinja2
@@ -38,7 +40,7 @@ def read_runs(folder):
 
 def _outcome(run):
     "State, seconds, error and metrics of one run folder."
-    outcome = {"state": "not run", "seconds": None, "error": None, "metrics": {}}
+    outcome: dict[str, Any] = {"state": "not run", "seconds": None, "error": None, "metrics": {}}
     if (run / "done.json").exists():
         metrics = read_json(run / "metrics.json") if (run / "metrics.json").exists() else {}
         return {**outcome, "state": "finished", "seconds": read_json(run / "done.json")["seconds"], "metrics": metrics}
@@ -108,17 +110,17 @@ def notebook_html(path, page):
     return Markup(f"{first}\n{soup}\n{last}")
 
 
+@cache
 def _exporter():
     "nbconvert's exporter for the cells alone; made once."
-    if not hasattr(_exporter, "made"):
-        from nbconvert import HTMLExporter  # three seconds
-        from nbconvert.preprocessors import CoalesceStreamsPreprocessor
+    from nbconvert import HTMLExporter  # three seconds
+    from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
-        _exporter.made = HTMLExporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True, exclude_anchor_links=True)
-        _exporter.made.register_preprocessor(CoalesceStreamsPreprocessor, enabled=True)
-        _exporter.made.config.NbConvertBase.display_data_priority = [  # no scripts: they would need require.js or jQuery
-            "text/html", "image/svg+xml", "image/png", "image/jpeg", "text/markdown", "text/latex", "text/plain"]
-    return _exporter.made
+    made = HTMLExporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True, exclude_anchor_links=True)
+    made.register_preprocessor(CoalesceStreamsPreprocessor, enabled=True)
+    made.config.NbConvertBase.display_data_priority = [  # no scripts: they would need require.js or jQuery
+        "text/html", "image/svg+xml", "image/png", "image/jpeg", "text/markdown", "text/latex", "text/plain"]
+    return made
 
 # %% ../nbs/64_site.ipynb #e36d75cd
 _style = """
@@ -206,7 +208,7 @@ _templates = {
 <title>{{ title }}</title><style>{{ style }}</style></head><body>
 {% block body %}{% endblock %}
 </body></html>
-""",
+""",  # noqa: E501  a line here is a line of the page
     "index": """{% extends "page" %}{% block body %}
 <h1>{{ title }}</h1><p>{{ description }}</p>{% if command %}<pre>{{ command }}</pre>{% endif %}
 <p>{{ runs|length }} run{{ "s" if runs|length != 1 }}:
@@ -238,7 +240,7 @@ _templates = {
 {% for value in run.numbers %}<td data-value="{{ value if value is not none }}">{{ "%.1f"|format(100 * value) if value is not none }}</td>{% endfor %}
 <td data-value="{{ run.seconds if run.seconds is not none }}">{{ run.duration }}</td></tr>
 {% endfor %}</tbody></table></div>
-<script>{{ script }}</script>{% endblock %}""",
+<script>{{ script }}</script>{% endblock %}""",  # noqa: E501  a line here is a line of the page
     "run": """{% extends "page" %}{% block body %}
 <nav class="top"><a href="{{ index }}#runs">All runs</a>{% for name, link in beside.items() %}
 {% if link %}<a href="{{ link }}">{{ name }}</a>{% else %}<span class="gone">{{ name }}</span>{% endif %}{% endfor %}</nav>
@@ -288,8 +290,8 @@ def _run_page(run, path, beside, index):
 def write_site(folder, out=None):
     """Writes the static site of a matrix and returns the path of its index.html.
 
-    folder: what `adiff reproduce` wrote. out: folder of the site, by default `folder`/site; links to files in `folder` are relative, so both
-    must be moved together. Notebooks that have not changed are not rendered again; pages of runs that left the matrix are removed.
+    folder: what `adiff reproduce` wrote. out: folder of the site, by default `folder`/site; links to files in `folder` are relative, so
+    both must be moved together. Notebooks that have not changed are not rendered again; pages of runs that left the matrix are removed.
     Raises `InputError` if there is no matrix.json or `out` cannot be written to.
     """
     folder, out = Path(os.path.abspath(folder)), Path(os.path.abspath(out or Path(folder) / "site"))
@@ -307,7 +309,8 @@ def write_site(folder, out=None):
                notebook=notebook_html(folder / "figures.ipynb", out / "figures.html"))
     data = [folder / "tables" / name for name in ("results.csv", "results.parquet")]
     _write(index, "index", title=matrix["matrix"], description=matrix["description"], command=matrix["command"],
-           duration=duration(sum(run["seconds"] or 0 for run in runs)), tables=_tables(folder, index, pages), figures=_figures(folder, index),
+           duration=duration(sum(run["seconds"] or 0 for run in runs)), tables=_tables(folder, index, pages),
+           figures=_figures(folder, index),
            data=[(path.name, relative_link(path, index)) for path in data if path.exists()],
            figures_page="figures.html" if (folder / "figures.ipynb").exists() else "", **_list(runs, index, pages))
     return index
@@ -321,16 +324,19 @@ def _list(runs, index, pages):
     "What the template needs for the list of runs."
     axes = list(dict.fromkeys(axis for run in runs for axis in run["axes"]))
     kinds = {run["metrics"].get("kind", "image") for run in runs if run["metrics"]}
-    means = [{key: value for key, value in run["metrics"].get("mean", {}).items() if key != "image_pauc" or run["metrics"].get("kind") == "sound"}
-             for run in runs]
+    means = [{key: value for key, value in run["metrics"].get("mean", {}).items()
+              if key != "image_pauc" or run["metrics"].get("kind") == "sound"} for run in runs]
     keys = [key for key in _metrics if any(mean.get(key) is not None for mean in means)]
     groups = len({run["group"] for run in runs}) > 1
     return {
         "counts": {state: count for state in _states if (count := sum(run["state"] == state for run in runs))},
         "axes": ["group"] * groups + axes,
-        "metrics": [_metrics[key].format({"image": "image", "sound": "clip"}[kinds.pop()] if len(kinds) == 1 else "image or clip") for key in keys],
-        "runs": [{**run, "link": run["folder"] in pages and relative_link(pages[run["folder"]], index), "duration": duration(run["seconds"]),
-                  "values": [run["group"]] * groups + [run["axes"].get(axis, "") for axis in axes], "numbers": [mean.get(key) for key in keys]}
+        "metrics": [_metrics[key].format({"image": "image", "sound": "clip"}[kinds.pop()] if len(kinds) == 1 else "image or clip")
+                    for key in keys],
+        "runs": [{**run, "link": run["folder"] in pages and relative_link(pages[run["folder"]], index),
+                  "duration": duration(run["seconds"]),
+                  "values": [run["group"]] * groups + [run["axes"].get(axis, "") for axis in axes],
+                  "numbers": [mean.get(key) for key in keys]}
                  for run, mean in zip(runs, means)]}
 
 
@@ -338,8 +344,8 @@ def _tables(folder, index, pages):
     "The tables as HTML, their links turned to the pages of the runs."
     tables = []
     for path in sorted((folder / "tables").glob("*.html")):
-        soup = BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
-        soup = soup.body or soup
+        page = BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
+        soup = page.body or page
         turn_links(soup, path.parent, index, {run / name: page for run, page in pages.items() for name in ("", "notebook.ipynb")})
         for table in soup.find_all("table"):
             table.wrap(BeautifulSoup("", "html.parser").new_tag("div", attrs={"class": "wide"}))

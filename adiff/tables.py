@@ -12,7 +12,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from urllib.parse import quote
 from zipfile import BadZipFile
@@ -40,7 +40,8 @@ def find_leaves(folder):
             if done.exists() and read_json(done)["identity"] == run["identity"]:
                 found += [(leaf, {**run, "matrix": about["matrix"], "folder": done.parent}) for leaf in _leaves(done.parent)]
         if not found:
-            raise InputError(f"{folder}: none of its {len(about['runs'])} runs has metrics; run adiff reproduce again, or look at runs/*/log.txt")
+            raise InputError(f"{folder}: none of its {len(about['runs'])} runs has metrics; run adiff reproduce again, "
+                             "or look at runs/*/log.txt")
         return found
     for leaf in _leaves(folder):
         owner = next((one for one in (leaf, leaf.parent) if (one / "run.json").exists()), leaf)
@@ -48,7 +49,8 @@ def find_leaves(folder):
         name = leaf.relative_to(folder).as_posix() if leaf != folder else leaf.resolve().name
         found.append((leaf, {"matrix": "", "group": "", "axes": {}, "label": name, **known, "folder": owner}))
     if not found:
-        raise InputError(f"{folder}: holds no evaluated run (a folder with config.json and metrics.json); run adiff evaluate first, or give another folder")
+        raise InputError(f"{folder}: holds no evaluated run (a folder with config.json and metrics.json); run adiff evaluate first, "
+                         "or give another folder")
     return found
 
 
@@ -95,7 +97,7 @@ def read_metrics(leaf):
     return metrics
 
 
-@lru_cache(maxsize=None)
+@cache
 def _resampled(leaf, written):
     "{category: {metric: (1000,) float32}} of the run in folder `leaf`, whose metrics.json was `written` at that time."
     leaf, found = Path(leaf), {}
@@ -108,7 +110,7 @@ def _resampled(leaf, written):
         if (leaf / "pixels" / f"{category}.npz").exists() and exact["aupro"] is not None:
             with _written_by_evaluation(leaf / "pixels" / f"{category}.npz"), np.load(leaf / "pixels" / f"{category}.npz") as file:
                 *bins, regions = PixelCounts(**file)
-            coarse = PixelCounts(*(np.add.reduceat(one, np.arange(0, one.shape[1], 4), axis=1) for one in bins), regions)
+            coarse = PixelCounts._make([*(np.add.reduceat(one, np.arange(0, one.shape[1], 4), axis=1) for one in bins), regions])
             middle = counted_metrics(coarse)
             drawn |= {name: values + (exact[name] - middle[name]) for name, values in counted_metrics(coarse, weights).items()}
         found[category] = {name: values.astype(np.float32) for name, values in drawn.items()}
@@ -156,7 +158,8 @@ def _rows(leaf, run):
     axes = {axis: label for axis, label in run["axes"].items() if axis not in ("categories", "seed", "data_root")}
     notebook = run["folder"] / "notebook.ipynb"
     common = {
-        "matrix": run["matrix"], "group": run["group"], "run": run["label"], "folder": str(leaf), "notebook": str(notebook) if notebook.exists() else "",
+        "matrix": run["matrix"], "group": run["group"], "run": run["label"], "folder": str(leaf),
+        "notebook": str(notebook) if notebook.exists() else "",
         **{key: metrics[key] for key in ("method", "dataset", "kind", "preset")},
         "setting": "multi-class" if several else "per-category",
         "variant": ", ".join(map(str, axes.values())) or metrics["method"], "seed": metrics["seed"]}
@@ -182,13 +185,14 @@ def _told_apart(tidy):
 def summarize(tidy, metrics, average="mean"):
     """One row per dataset, setting, variant and metric in `metrics`, of `collect`'s table.
 
-    Columns: dataset, kind, setting, variant, method, metric, mean (over categories, then over seeds), std (over seeds, NaN if there is one),
-    low and high (95% bootstrap interval of the mean), seeds, categories (in which the metric is defined). average: "mean" or
+    Columns: dataset, kind, setting, variant, method, metric, mean (over categories, then over seeds), std (over seeds, NaN if there is
+    one), low and high (95% bootstrap interval of the mean), seeds, categories (in which the metric is defined). average: "mean" or
     "harmonic mean" over categories.
     """
     over = {"mean": lambda values: values.mean(0), "harmonic mean": _harmonic_mean}[average]
     rows = []
-    for (dataset, setting, variant, metric), group in tidy[tidy.metric.isin(metrics)].groupby(["dataset", "setting", "variant", "metric"], sort=False):
+    groups = tidy[tidy.metric.isin(metrics)].groupby(["dataset", "setting", "variant", "metric"], sort=False)
+    for (dataset, setting, variant, metric), group in groups:
         defined = group[group.value.notna()]
         seeds = [over(rows.value.to_numpy()) for _, rows in defined.groupby("seed")]
         low, high = np.nan, np.nan
@@ -196,7 +200,8 @@ def summarize(tidy, metrics, average="mean"):
             low, high = _interval(np.mean([over(np.stack([_replicates_of(row.folder)[row.category][metric] for row in rows.itertuples()]))
                                            for _, rows in defined.groupby("seed")], axis=0))
         rows.append({"dataset": dataset, "kind": group.kind.iloc[0], "setting": setting, "variant": variant, "method": group.method.iloc[0],
-                     "metric": metric, "mean": np.mean(seeds) if seeds else np.nan, "std": np.std(seeds, ddof=1) if len(seeds) > 1 else np.nan,
+                     "metric": metric, "mean": np.mean(seeds) if seeds else np.nan,
+                     "std": np.std(seeds, ddof=1) if len(seeds) > 1 else np.nan,
                      "low": low, "high": high, "seeds": group.seed.nunique(), "categories": defined.category.nunique()})
     return pd.DataFrame(rows)
 
@@ -243,7 +248,8 @@ class Table:
 
     def markdown(self, home="."):
         "For a README or an issue."
-        rows = [[_markdown(name), *(f"[{text}]({_address(link, home)})" if link else text for text, link in zip(map(_markdown, row), links))]
+        rows = [[_markdown(name), *(f"[{text}]({_address(link, home)})" if link else text
+                                    for text, link in zip(map(_markdown, row), links))]
                 for name, row, links in self._rows()]
         head = [_markdown(name) for name in (self.frame.index.name or "", *self.frame.columns)]
         lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---", *["---:"] * (len(head) - 1)], *rows)]
@@ -258,7 +264,8 @@ class Table:
         head = [_latex(name) for name in (self.frame.index.name or "", *self.frame.columns)]
         body = [rf"{' & '.join(cells)} \\" for cells in rows]
         return "\n".join([
-            r"% needs \usepackage{booktabs} and \usepackage{hyperref}", r"\begin{table}", r"\centering\footnotesize\setlength{\tabcolsep}{4pt}",
+            r"% needs \usepackage{booktabs} and \usepackage{hyperref}", r"\begin{table}",
+            r"\centering\footnotesize\setlength{\tabcolsep}{4pt}",
             rf"\caption{{{_latex(self.title)}}}", rf"\begin{{tabular}}{{l{'r' * len(self.frame.columns)}}}", r"\toprule",
             rf"{' & '.join(head)} \\", r"\midrule", *body, r"\bottomrule", r"\end{tabular}", "",
             r"\begin{flushleft}", *(rf"{_latex(note)}.\\" for note in self.notes), r"\end{flushleft}", r"\end{table}"]) + "\n"
@@ -266,7 +273,8 @@ class Table:
     def html(self, home="."):
         "A page of its own."
         return _page.render(title=self.title, index=self.frame.index.name or "", columns=list(self.frame.columns), notes=self.notes,
-                            rows=[(name, [(text, _address(link, home)) for text, link in zip(row, links)]) for name, row, links in self._rows()],
+                            rows=[(name, [(text, _address(link, home)) for text, link in zip(row, links)]) for name, row,
+                                  links in self._rows()],
                             runs=[(name, _address(link, home)) for name, link in self.runs.items()])
 
     def _rows(self):
@@ -285,7 +293,8 @@ def _markdown(text):
 
 
 _special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
-            "|": r"\textbar{}", '"': r"\textquotedbl{}", "±": r"$\pm$", "[": "{[}", "]": "{]}", "*": "{*}", **{one: "\\" + one for one in "&%$#_{}"}}
+            "|": r"\textbar{}", '"': r"\textquotedbl{}", "±": r"$\pm$", "[": "{[}", "]": "{]}", "*": "{*}",
+            **{one: "\\" + one for one in "&%$#_{}"}}
 
 
 def _latex(text):
@@ -310,7 +319,7 @@ td a { color: inherit; text-decoration-color: #bbb; } .notes { color: #555; font
 <details class="notes"><summary>runs behind this table: {{ runs|length }}</summary>
 {% for name, link in runs %}{% if link %}<a href="{{ link }}">{{ name }}</a>{% else %}{{ name }}{% endif %}{{ ", " if not loop.last }}{% endfor %}
 </details></body></html>
-""")
+""")  # noqa: E501  a line here is a line of the page
 
 # %% ../nbs/63_tables.ipynb #f74d9efa
 _leading = {"image": ("image_auroc", "pixel_ap", "aupro"), "sound": ("image_auroc", "image_pauc")}
@@ -335,7 +344,8 @@ def _number(mean, std=np.nan, low=np.nan, high=np.nan):
     "Percent as text: 97.1 ± 0.3 [95.0, 98.8], without what is not known."
     if np.isnan(mean):
         return "not available"
-    return f"{100 * mean:.1f}" + (f" ± {100 * std:.1f}" if std == std else "") + (f" [{100 * low:.1f}, {100 * high:.1f}]" if low == low else "")
+    return f"{100 * mean:.1f}" + (f" ± {100 * std:.1f}" if std == std else "") + (f" [{100 * low:.1f}, {100 * high:.1f}]" if low == low
+                                                                                  else "")
 
 
 def _shown(group):
@@ -360,7 +370,8 @@ def _table(title, index, rows, group, notes):
 # %% ../nbs/63_tables.ipynb #68c60929
 def _protocol(group):
     "The notes of all runs' metrics.json, each once, with the categories and variants that it is about, unless it is about all variants."
-    categories, variants, found = set(group.category), list(dict.fromkeys(group.variant)), {}
+    categories, variants = set(group.category), list(dict.fromkeys(group.variant))
+    found: dict[str, tuple[dict, dict]] = {}
     for folder, variant in group[["folder", "variant"]].drop_duplicates().itertuples(index=False):
         for note in read_json(Path(folder) / "metrics.json")["notes"]:
             name, _, rest = note.partition(": ")
@@ -466,7 +477,8 @@ def _beside(own, paper, theirs, complete):
     methods = [*papers, *(name for name in methods if name not in papers)]
     notes = [*_counted(own), *_sources(theirs, methods, means.index, names, kind)]
 
-    rows = {f"{variant} (ours)": {metric_title(one, kind): (_number(*means.loc[one, ["mean", "std"]]), own.notebook.iloc[0]) for one in means.index}}
+    rows = {f"{variant} (ours)": {metric_title(one, kind): (_number(*means.loc[one, ["mean", "std"]]), own.notebook.iloc[0])
+                                  for one in means.index}}
     for name in methods:
         rows[name] = {}
         for metric in means.index:
@@ -491,8 +503,8 @@ def _beside(own, paper, theirs, complete):
         for name in shown:
             text, gap = _published_mean(cell, name, metric, names, complete, means.loc[metric, "mean"])
             rows["mean"] |= {name: (text, ""), f"{name} gap": (gap, "")}
-        made.append(_table(f"{_name(own)}: {variant} against published numbers by category, {metric_title(metric, kind)}", "category", rows, own,
-                           [*_counted(own), *_sources(theirs, shown, [metric], names, kind)]))
+        made.append(_table(f"{_name(own)}: {variant} against published numbers by category, {metric_title(metric, kind)}", "category",
+                           rows, own, [*_counted(own), *_sources(theirs, shown, [metric], names, kind)]))
     return made
 
 
@@ -520,7 +532,8 @@ def _sources(theirs, methods, metrics, categories, kind):
             continue
         said = []
         for note, own in rows[rows.note != ""].groupby("note", sort=False):
-            where = ", ".join(dict.fromkeys(metric_title(row.metric, kind) + (f" of {row.category}" if row.category != "mean" else "") for row in own.itertuples()))
+            where = ", ".join(dict.fromkeys(metric_title(row.metric, kind) + (f" of {row.category}" if row.category != "mean" else "")
+                                            for row in own.itertuples()))
             said.append(note if len(own) == len(rows) else f"{note} ({where})")
         notes.append(f"{name}, {rows.venue.iloc[0]}: {'; '.join([*rows.source.unique(), *said])}")
     return notes

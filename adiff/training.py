@@ -24,10 +24,12 @@ import tempfile
 import time
 import weakref
 import zlib
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, BinaryIO, Literal, TypeVar
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -36,15 +38,19 @@ from diffusers.training_utils import EMAModel
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .audio import LogMel
-from .codecs import load_codec
-from .core import (InputError, StopRequest, atomic_path, derive_seed, ensure_folder, interrupt, progress, random_states, read_json,
-                        restore_random_states, set_seed, signals_to, versions, write_json)
-from .data import PROTOCOLS, Frames, read_ahead, sample_of, stacked
+from .codecs import Codec, load_codec
+from .core import (AnyPath, InputError, StopRequest, atomic_path, derive_seed, ensure_folder, interrupt, progress, random_states,
+                        read_json, restore_random_states, set_seed, signals_to, versions, write_json)
+from .data import PROTOCOLS, Dataset, Frames, Protocol, read_ahead, sample_of, stacked
+from .deviation import ForwardSample
 from .machine import compiled, use_machine
-from .pipeline import loudest, map_scores
+from .pipeline import AnomalyDetector, loudest, map_scores
 
 # %% ../nbs/51_training.ipynb #277c8a8e
 logger = logging.getLogger(__name__)
+
+
+_Config = TypeVar("_Config", bound="TrainingConfig")
 
 
 class TrainingConfig(BaseModel):
@@ -88,7 +94,7 @@ class DetectorConfig(TrainingConfig):
     top_share: float = Field(0.0, ge=0, le=1, description="share of a map's largest values whose mean is the score; 0: the maximum")
 
 
-def checked(config_class, values):
+def checked(config_class: type[_Config], values: dict[str, Any]) -> _Config:
     "`config_class(**values)`; what pydantic finds wrong becomes a one-line `InputError` that lists the known keys."
     try:
         return config_class(**values)
@@ -100,7 +106,7 @@ def checked(config_class, values):
         raise InputError(f"override {key!r}: {first['msg'].lower()}, got {first['input']!r}") from None
 
 # %% ../nbs/51_training.ipynb #c05e9f68
-def make_frame(config, dataset):
+def make_frame(config: "DetectorConfig", dataset: Dataset) -> Protocol | LogMel:
     "The `Protocol` or `LogMel` of a `DetectorConfig` for a `dataset`; reads training sounds, at most 1000, if they are sounds."
     if dataset.kind == "image":
         return PROTOCOLS[config.protocol or ("full_frame" if dataset.select("test").empty else "official")]
@@ -110,17 +116,17 @@ def make_frame(config, dataset):
     return frame.fitted(progress(paths, desc="measuring sounds", unit="sound"))
 
 
-def make_codec(config, frame):
+def make_codec(config: "DetectorConfig", frame: Protocol | LogMel) -> tuple[Codec, int]:
     "The codec of a `DetectorConfig` for frames of that kind, and the side of the images it sees. Raises `InputError`."
     size = {"levels": config.wavelet_levels, "image_channels": frame.channels}
-    options = {"wavelet": {"wavelet": config.wavelet, **size}, "pixels": size}
+    options: dict[str, dict] = {"wavelet": {"wavelet": config.wavelet, **size}, "pixels": size}
     if config.codec not in options and frame.channels != 3:
         raise InputError(f"override 'codec': {config.codec} takes pictures of three channels, a sound has one; use wavelet or pixels")
     codec = load_codec(config.codec, **options.get(config.codec, {}))
     return codec, config.image_size or 16 * codec.downsample
 
 # %% ../nbs/51_training.ipynb #3dd81017
-def learning_rate_factor(done, warmup, horizon):
+def learning_rate_factor(done: int, warmup: int, horizon: int) -> float:
     "What the learning rate is multiplied with after `done` units (steps or epochs): 0 to 1."
     if done < warmup:
         return done / warmup
@@ -133,25 +139,26 @@ class WatchedFiles:
     At its end, or if an `InputError` or `OSError` ends it, `check` is called. `advice`: the end of what `check` says.
     """
 
-    def __init__(self, dataset, rows, advice):
+    def __init__(self, dataset: Dataset, rows: pd.DataFrame, advice: str) -> None:
         self.root, self.advice = dataset.root, advice
-        self.before = {path: self._look(path) for path in (os.path.join(dataset.root, file) for file in (*rows.path, *rows["mask"]) if file)}
+        self.before = {path: self._look(path)
+                       for path in (os.path.join(dataset.root, file) for file in (*rows.path, *rows["mask"]) if file)}
 
-    def __enter__(self):
+    def __enter__(self) -> "WatchedFiles":
         return self
 
-    def __exit__(self, kind, error, trace):
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         if kind is None or issubclass(kind, (InputError, OSError)):
             self.check()
 
-    def check(self, some=None):
+    def check(self, some: Iterable[str] | None = None) -> None:
         "Raises `InputError`, which counts all that are missing or have changed, if one of `some` paths, or of all, is or has."
         if any(self._look(path) != self.before[path] for path in some or self.before):
             changed = [path for path, before in self.before.items() if self._look(path) != before]
-            raise InputError(f"{self.root}: {len(changed)} of {len(self.before)} files are missing or have changed since the start, the first "
-                             f"{os.path.relpath(changed[0], self.root)}; {self.advice}")
+            raise InputError(f"{self.root}: {len(changed)} of {len(self.before)} files are missing or have changed since the "
+                             f"start, the first {os.path.relpath(changed[0], self.root)}; {self.advice}")
 
-    def _look(self, path):
+    def _look(self, path: str) -> tuple[int, int] | None:
         "Size and time of change of a file; None if it is missing."
         try:
             status = os.stat(path)
@@ -160,7 +167,7 @@ class WatchedFiles:
         return status.st_size, status.st_mtime_ns
 
 # %% ../nbs/51_training.ipynb #a8e12a89
-def augment(images, names):
+def augment(images: torch.Tensor, names: Iterable[str]) -> torch.Tensor:
     "Applies the named augmentations, in turn, to images (N, 3, H, W)."
     for name in names:
         if name == "rotate180":
@@ -177,7 +184,7 @@ class LatentCache:
     What an earlier process has written there counts if its `settings`, a dict, were the same; otherwise the file begins anew.
     """
 
-    def __init__(self, folder, count, shape, settings):
+    def __init__(self, folder: AnyPath, count: int, shape: Sequence[int], settings: dict[str, Any]) -> None:
         self.path, self.shape, self.there = ensure_folder(folder) / "latents", tuple(shape), np.zeros(count, bool)
         length, settings = 1 + math.prod(shape), {**settings, "count": count, "shape": list(shape)}
         size = 4 * length * count
@@ -188,29 +195,29 @@ class LatentCache:
             write_json(Path(folder) / "settings.json", settings)
         self.records = np.memmap(self.path, np.uint32, "r", shape=(count, length))  # each a checksum, then the values
 
-    def __contains__(self, entry):
+    def __contains__(self, entry: int) -> bool:
         if not self.there[entry]:
             record = self.records[entry]
             self.there[entry] = record[0] == zlib.crc32(record[1:])  # what was never written is zero, and that has another
         return bool(self.there[entry])
 
-    def write(self, entry, values):
+    def write(self, entry: int, values: torch.Tensor) -> None:
         "Keeps a tensor of `shape`, on the CPU. Raises `InputError` if the disk is full."
-        values = values.numpy().tobytes()
+        content = values.numpy().tobytes()
         try:  # not through the map: on a full disk that would be the end of the process
             with open(self.path, "r+b") as file:
                 file.seek(4 * self.records.shape[1] * entry)
-                file.write(zlib.crc32(values).to_bytes(4, sys.byteorder) + values)
+                file.write(zlib.crc32(content).to_bytes(4, sys.byteorder) + content)
         except OSError as error:
             raise InputError(f"{self.path}: cannot be written ({error.strerror}); make room, or set cache_latents to false") from None
         self.there[entry] = True
 
-    def read(self, entries):
+    def read(self, entries: list[int]) -> torch.Tensor:
         "Those of a list, all written, (len(entries), *shape)."
         return torch.from_numpy(np.asarray(self.records)[entries, 1:].view(np.float32)).unflatten(1, self.shape)
 
 
-def _settings_of(folder):
+def _settings_of(folder: AnyPath) -> Any:
     "What the cache in `folder` holds, a dict; None if that cannot be told."
     try:
         return read_json(Path(folder) / "settings.json")
@@ -226,29 +233,31 @@ class TrainingLatents:
     folder, which goes with the object. What is read must be as it was when `files`, `WatchedFiles`, saw it.
     """
 
-    def __init__(self, detector, dataset, rows, augmentations=(), cache=True, folder=None, files=None):
+    def __init__(self, detector: AnomalyDetector, dataset: Dataset, rows: pd.DataFrame, augmentations: Iterable[str] = (),
+                 cache: bool = True, folder: AnyPath | None = None, files: WatchedFiles | None = None) -> None:
         self.detector, self.frames, self.files = detector, Frames(dataset, rows, detector.frame), files
         labels = detector.class_labels(list(rows["category"]), len(rows))
         self.labels = labels[self.frames.row.to(labels.device)]
         self.augmentations, self.cache = tuple(augmentations), None
         if cache:
-            settings = folder and latent_settings(detector, self.frames, self.augmentations)
             if folder is None:
                 folder, settings = tempfile.mkdtemp(prefix="adiff-"), {}
                 weakref.finalize(self, shutil.rmtree, folder)
+            else:
+                settings = latent_settings(detector, self.frames, self.augmentations)
             shape = self._encode([0], [torch.zeros(self.frames.frame.channels, *[self.frames.frame.size] * 2)])[0].shape
             self.cache = LatentCache(folder, 2 ** len(self.augmentations) * len(self), shape, settings)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.frames)
 
-    def __call__(self, indices):
+    def __call__(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         "z0 (n, C, h, w) and class labels (n,) of the images at `indices` (n,), a tensor on the CPU."
         entries = self._draw(indices)
         [(_, frames)] = read_ahead(self._read, [(None, self._unknown(entries))])
         return self._latents(indices, entries, dict(frames))
 
-    def stream(self, draws):
+    def stream(self, draws: Iterable[tuple[torch.Tensor, int]]) -> Generator[tuple[torch.Tensor, torch.Tensor], None, None]:
         "For each of `draws`, pairs of indices and a seed: `self(indices)` after `set_seed(seed)`; files are read two draws ahead."
         unknown = ((draw, self._unknown(self._draw(draw[0], torch.Generator().manual_seed(draw[1])))) for draw in draws)
         with contextlib.closing(read_ahead(self._read, unknown)) as batches:
@@ -256,29 +265,29 @@ class TrainingLatents:
                 set_seed(seed)
                 yield self._latents(indices, self._draw(indices), dict(frames))
 
-    def _draw(self, indices, generator=None):
+    def _draw(self, indices: torch.Tensor, generator: torch.Generator | None = None) -> list[int]:
         "An entry, version * len(self) + index, for each of `indices`: which versions is chance."
         return (torch.randint(2 ** len(self.augmentations), (len(indices),), generator=generator) * len(self) + indices).tolist()
 
-    def _unknown(self, entries):
+    def _unknown(self, entries: list[int]) -> list[int]:
         "Those of `entries`, once each, that must be encoded."
         return [entry for entry in dict.fromkeys(entries) if self.cache is None or entry not in self.cache]
 
-    def _read(self, entry):
+    def _read(self, entry: int) -> tuple[int, torch.Tensor]:
         index = entry % len(self)
         frame = self.frames[index]
         if self.files:  # afterwards: it may have changed while it was read
             self.files.check([self.frames.paths[self.frames.row[index]]])
         return entry, frame
 
-    def _latents(self, indices, entries, frames):
+    def _latents(self, indices: torch.Tensor, entries: list[int], frames: dict[int, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         "z0 and class labels of `entries`; `frames` (entry -> frame) holds at least those that are unknown."
         unknown = self._unknown(entries)
         encoded = self._encode(unknown, [frames[entry] for entry in unknown])
         device = self.detector.device
         if self.cache is None:
-            encoded = dict(zip(unknown, encoded))
-            values = torch.stack([encoded[entry] for entry in entries])
+            known = dict(zip(unknown, encoded))
+            values = torch.stack([known[entry] for entry in entries])
         else:
             for entry, one in zip(unknown, torch.stack(encoded).cpu() if encoded else ()):
                 self.cache.write(entry, one)
@@ -289,9 +298,9 @@ class TrainingLatents:
         return z0, self.labels[indices.to(self.labels.device)]
 
     @torch.no_grad()
-    def _encode(self, entries, frames):
+    def _encode(self, entries: list[int], frames: list[torch.Tensor]) -> list[torch.Tensor]:
         "Posterior mean and std, (1 or 2, C, h, w), of each of the `frames` of `entries`, a list."
-        device, found = self.detector.device, [None] * len(entries)
+        device, found = self.detector.device, {}
         for version in sorted({entry // len(self) for entry in entries}):
             names = [name for bit, name in enumerate(self.augmentations) if version >> bit & 1]
             places = [place for place, entry in enumerate(entries) if entry // len(self) == version]
@@ -301,10 +310,10 @@ class TrainingLatents:
                 parts = self.detector.codec.posterior(augment(self.detector.resize(images), names))
                 for place, one in zip(group, torch.stack([part for part in parts if part is not None], 1)):
                     found[place] = one
-        return found
+        return [found[place] for place in range(len(entries))]
 
 
-def latent_settings(detector, frames, augmentations):
+def latent_settings(detector: AnomalyDetector, frames: Frames, augmentations: Iterable[str]) -> dict[str, Any]:
     "What the latents of `frames` depend on: files (name, size, time of change), frame, codec with weights, versions ...; a dict for JSON."
     files, weights = hashlib.sha256(), hashlib.sha256()
     for path in frames.paths:
@@ -318,25 +327,26 @@ def latent_settings(detector, frames, augmentations):
             "device": detector.device.type, "versions": versions()}
 
 # %% ../nbs/51_training.ipynb #68357b8a
-def batch_indices(batch, count, batch_size, seed):
+def batch_indices(batch: int, count: int, batch_size: int, seed: int) -> torch.Tensor:
     "Image indices (n,) of batch number `batch` in the endless stream of epochs over `count` images."
     where = data_position(batch, count, batch_size, seed)
     return _epoch_order(where["epoch"], count, seed)[where["position"] * batch_size:(where["position"] + 1) * batch_size]
 
 
-def data_position(batch, count, batch_size, seed):
-    "Where the data stands before batch number `batch`: a dict of seed, epoch, position (batches of that epoch) and how many images there are."
+def data_position(batch: int, count: int, batch_size: int, seed: int) -> dict[str, int]:
+    """Where the data stands before batch number `batch`: a dict of seed, epoch, position (batches of that epoch) and how many images there
+    are."""
     epoch, position = divmod(batch, math.ceil(count / batch_size))
     return {"seed": seed, "epoch": epoch, "position": position, "images": count}
 
 
 @functools.lru_cache(maxsize=2)
-def _epoch_order(epoch, count, seed):
+def _epoch_order(epoch: int, count: int, seed: int) -> torch.Tensor:
     "The permutation (count,) of an epoch; batches are drawn ahead, so two epochs may be under way."
     return torch.randperm(count, generator=torch.Generator().manual_seed(derive_seed(seed, "order", epoch)))
 
 # %% ../nbs/51_training.ipynb #a3673904
-def denoising_losses(network, drawn, labels):
+def denoising_losses(network: Callable, drawn: ForwardSample, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     "The loss (n,) of every image in a `ForwardSample`, and its weighted mean over all positions of all images."
     error = F.mse_loss(network(drawn.noisy, drawn.timesteps, class_labels=labels).sample.float(), drawn.target, reduction="none")
     losses = error.mean((1, 2, 3))
@@ -345,7 +355,7 @@ def denoising_losses(network, drawn, labels):
     return losses * drawn.weights, (losses * drawn.weights).mean()
 
 # %% ../nbs/51_training.ipynb #9c194fa0
-def own_part(drawn, labels, rank, world):
+def own_part(drawn: ForwardSample, labels: torch.Tensor, rank: int, world: int) -> tuple[ForwardSample, torch.Tensor, float]:
     """What process number `rank` of `world` processes computes of a drawn batch: (`ForwardSample`, labels, factor of its loss).
 
     The mean over all processes of factor times mean loss is the mean loss of the batch; alike for gradients.
@@ -356,7 +366,7 @@ def own_part(drawn, labels, rank, world):
 
 # %% ../nbs/51_training.ipynb #5030088e
 @torch.no_grad()
-def validation_loss(detector, latents, seed, draws=64):
+def validation_loss(detector: AnomalyDetector, latents: TrainingLatents, seed: int, draws: int = 64) -> float:
     "Mean loss over at least `draws` fixed corruptions of held-out `latents`; leaves torch's generators as they were."
     network = detector.network.eval()
     with own_generators(detector.device):
@@ -369,7 +379,7 @@ def validation_loss(detector, latents, seed, draws=64):
     return torch.cat(losses).mean().item()
 
 
-def own_generators(device):
+def own_generators(device: torch.device) -> contextlib.AbstractContextManager:
     "A context after which torch's generators, on the CPU and on `device`, are as they were; other GPUs are not touched."
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
@@ -377,8 +387,11 @@ def own_generators(device):
 CHECKPOINT_PARTS = {"step", "settings", "log", "network", "ema", "optimizer", "scaler", "random", "order"}
 
 
-def save_checkpoint(folder, step, **parts):
-    "Writes the checkpoint `folder`/step_STEP.pt, whose parts are `CHECKPOINT_PARTS`, and keeps the two newest. Raises `OSError` if the disk is full."
+def save_checkpoint(folder: AnyPath, step: int, **parts: Any) -> None:
+    """Writes the checkpoint `folder`/step_STEP.pt, whose parts are `CHECKPOINT_PARTS`, and keeps the two newest.
+
+    Raises `OSError` if the disk is full.
+    """
     with atomic_path(Path(folder) / f"step_{step:08d}.pt") as path:
         with open(path, "wb") as file:  # given a path, torch would not say why it cannot write
             torch.save({"step": step, **parts}, file)
@@ -389,7 +402,7 @@ def save_checkpoint(folder, step, **parts):
         old.unlink()
 
 
-def load_checkpoint(folder):
+def load_checkpoint(folder: AnyPath) -> dict[str, Any] | None:
     """The newest sound checkpoint in `folder` as a dict, or None if there is none at all.
 
     A damaged one is named in a warning and set aside. Raises `InputError` if all are damaged.
@@ -412,7 +425,7 @@ def load_checkpoint(folder):
     return None
 
 
-def _read_checkpoint(path):
+def _read_checkpoint(path: Path) -> dict[str, Any]:
     "The content of a checkpoint. Raises `InputError` if it is not what `save_checkpoint` wrote."
     length = path.stat().st_size - hashlib.sha256().digest_size
     with open(path, "rb") as file:
@@ -428,7 +441,7 @@ def _read_checkpoint(path):
     return checkpoint
 
 
-def _digest(file, length):
+def _digest(file: BinaryIO, length: int) -> bytes:
     "SHA-256 of the next `length` bytes of an open file, which is then at their end."
     digest = hashlib.sha256()
     while length and (part := file.read(min(length, 2**20))):
@@ -437,7 +450,8 @@ def _digest(file, length):
     return digest.digest()
 
 # %% ../nbs/51_training.ipynb #af56d845
-def train(detector, dataset, config, out_dir=None, resume=False, device=None):
+def train(detector: AnomalyDetector, dataset: Dataset, config: TrainingConfig, out_dir: AnyPath | None = None, resume: bool = False,
+          device: Any = None) -> list[dict]:
     """Teaches `detector` what is normal, in place, from the training normals of `dataset`; returns the log, a list of dicts.
 
     First its network, if it has one: the log then has per update step, loss, lr, seconds and, where measured,
@@ -475,30 +489,33 @@ def train(detector, dataset, config, out_dir=None, resume=False, device=None):
     return log
 
 
-def watched_normals(dataset):
+def watched_normals(dataset: Dataset) -> WatchedFiles:
     "The `WatchedFiles` that a training reads."
     rows = dataset.samples[dataset.samples.split != "test"]
-    return WatchedFiles(dataset, rows, "put them back as they were and go on with --resume (in Python resume=True); what checkpoints there are stay")
+    return WatchedFiles(dataset, rows,
+                        "put them back as they were and go on with --resume (in Python resume=True); what checkpoints there are stay")
 
 
 @torch.no_grad()
-def normal_latents(detector, dataset, rows):
+def normal_latents(detector: AnomalyDetector, dataset: Dataset, rows: pd.DataFrame) -> Iterator[torch.Tensor]:
     "Latents (n, C, h, w) of all frames of `rows`, batch by batch; no file is touched before the first is asked for."
     every = Frames(dataset, rows, detector.frame)
     for _, frames in progress(every.batches(16), desc="learning normals", total=-(-len(every) // 16), delay=2):
         yield detector.codec.encode(detector.resize(frames.to(detector.device, non_blocking=True)))
 
 
-def write_log(out_dir, log):
+def write_log(out_dir: AnyPath, log: list[dict]) -> None:
     "Writes `log` as `out_dir`/log.jsonl, one line per update."
     with atomic_path(Path(out_dir) / "log.jsonl") as path:
         path.write_text("".join(json.dumps(line) + "\n" for line in log))
 
 
-def train_network(accelerator, detector, dataset, config, out_dir, resume, files):
+def train_network(accelerator: Accelerator, detector: AnomalyDetector, dataset: Dataset, config: TrainingConfig, out_dir: AnyPath | None,
+                  resume: bool, files: WatchedFiles) -> list[dict]:
     "The part of `train` that makes optimiser updates; returns the log."
     folders = {name: out_dir and Path(out_dir) / ".latents" / f"{name}_{accelerator.process_index}" for name in ("train", "validation")}
-    latents = TrainingLatents(detector, dataset, dataset.select("train"), config.augmentations, config.cache_latents, folders["train"], files)
+    latents = TrainingLatents(detector, dataset, dataset.select("train"), config.augmentations, config.cache_latents, folders["train"],
+                              files)
     held_out = dataset.select("validation")
     held_out = held_out.iloc[sample_of(len(held_out))]
     validation = None if held_out.empty else TrainingLatents(detector, dataset, held_out, folder=folders["validation"], files=files)
@@ -527,9 +544,10 @@ def train_network(accelerator, detector, dataset, config, out_dir, resume, files
     accumulation, rank, world = config.gradient_accumulation_steps, accelerator.process_index, accelerator.num_processes
     updates = config.length if config.unit == "steps" else max(1, config.length * per_epoch // accumulation)
     answer = compiled(network, (updates - start) * accumulation, accelerator.device)
-    began, pending = time.monotonic() - (log[-1]["seconds"] if log else 0), []
+    began = time.monotonic() - (log[-1]["seconds"] if log else 0)
+    pending: list[tuple[dict, torch.Tensor]] = []
 
-    def averaged(measure):
+    def averaged(measure: Callable[[], Any]) -> Any:
         "Calls `measure` with the averaged weights in place, if there are any."
         if ema is None:
             return measure()
@@ -540,11 +558,11 @@ def train_network(accelerator, detector, dataset, config, out_dir, resume, files
         finally:
             ema.restore(parameters)
 
-    def diverged(what, step):
+    def diverged(what: str, step: int) -> InputError:
         return InputError(f"training: {what} at step {step}; try a lower learning_rate or gradient_clip 1.0, in another out_dir"
                           " (the last checkpoint is kept here)")
 
-    def settle():
+    def settle() -> None:
         "Fetches the losses of the last updates. Not after each one: a GPU would have to be waited for."
         for line, loss in pending:
             line["loss"] = loss.item()
@@ -552,7 +570,7 @@ def train_network(accelerator, detector, dataset, config, out_dir, resume, files
                 raise diverged(f"the loss is {line['loss']}", line["step"])
         pending.clear()
 
-    def save(step):
+    def save(step: int) -> None:
         "Writes a checkpoint, but never one of a network that has diverged."
         settle()
         parts = {"network": detector.network.state_dict(), "optimizer": optimizer.state_dict()}
@@ -565,7 +583,7 @@ def train_network(accelerator, detector, dataset, config, out_dir, resume, files
                             random=random_states(accelerator.device))
             write_log(out_dir, log)
 
-    def stopping(step):
+    def stopping(step: int) -> int | None:
         "The signal after which to stop now, if there is one. Several processes ask one another, at every tenth step: it makes them wait."
         if world == 1:
             return stop.number
@@ -602,7 +620,7 @@ def train_network(accelerator, detector, dataset, config, out_dir, resume, files
                 ema.step(parameters)
             log.append({"step": step + 1, "loss": None, "lr": rate, "seconds": round(time.monotonic() - began, 3)})
             pending.append((log[-1], total))
-            now_and_then = lambda every: (step + 1) % every == 0 or step + 1 == updates
+            now_and_then = lambda every, step=step: (step + 1) % every == 0 or step + 1 == updates
             if now_and_then(10) or now_and_then(config.checkpoint_every):
                 settle()
                 bar.set_postfix(loss=f"{sum(line['loss'] for line in log[-20:]) / len(log[-20:]):.4f}", refresh=False)
@@ -615,7 +633,8 @@ def train_network(accelerator, detector, dataset, config, out_dir, resume, files
                 if not now_and_then(config.checkpoint_every):
                     save(step + 1)
                 bar.close()
-                interrupt(number, message=f"stopped after update {step + 1} of {updates}" + ", a checkpoint is written" * (out_dir is not None))
+                interrupt(number,
+                          message=f"stopped after update {step + 1} of {updates}" + ", a checkpoint is written" * (out_dir is not None))
     bar.close()
     if ema:
         ema.copy_to(parameters)
@@ -624,7 +643,8 @@ def train_network(accelerator, detector, dataset, config, out_dir, resume, files
 
 
 @torch.no_grad()
-def normal_maps(detector, dataset, rows, batch_size=16):
+def normal_maps(detector: AnomalyDetector, dataset: Dataset, rows: pd.DataFrame,
+                batch_size: int = 16) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
     "Maps (name -> (n, size, size)) and positions in `rows` (n,) of all frames of `rows`, batch by batch."
     frames = Frames(dataset, rows, detector.frame)
     labels = detector.class_labels(list(rows["category"]), len(rows))
@@ -633,20 +653,20 @@ def normal_maps(detector, dataset, rows, batch_size=16):
         yield detector.detect_frames(batch, labels[owners.to(labels.device)])[0], owners
 
 
-def normal_scores(detector, dataset, rows):
+def normal_scores(detector: AnomalyDetector, dataset: Dataset, rows: pd.DataFrame) -> np.ndarray:
     "Scores (n,) float32 of `rows`, for calibration; a long sound has the score of its loudest window."
     maps, owners = zip(*normal_maps(detector, dataset, rows))
     scores = torch.cat([map_scores(one["anomaly"], detector.config.top_share).cpu() for one in maps])
     return scores[loudest(scores, torch.cat(owners))].numpy()
 
 
-def held_out_scores(detector, dataset, rows, folds=5):
+def held_out_scores(detector: AnomalyDetector, dataset: Dataset, rows: pd.DataFrame, folds: int = 5) -> np.ndarray:
     """Scores (n,) float32 of held-out normal `rows` as new files would have them, for calibration; fits the normalisation of maps, too.
 
     Under a normalisation that has seen it, a file looks more normal than a new one would, and a threshold from such scores gives too
     many false alarms. So each fold is scored under the normalisation of the others; the one that stays has seen all.
     """
-    def normalize(some):
+    def normalize(some: pd.DataFrame) -> None:
         detector.discrepancy.fit_normalization(maps for maps, _ in normal_maps(detector, dataset, some.reset_index(drop=True)))
 
     scores = normal_scores(detector, dataset, rows)

@@ -267,7 +267,7 @@ class WaveletDownsample(nn.Module):
         self.mix = nn.Conv2d(4 * self.channels, self.out_channels, 1)
         with torch.no_grad():
             self.mix.weight.zero_()[:, ::4, 0, 0] = _copy_weights(self.out_channels, channels) / 2  # LL is twice a mean
-            self.mix.bias.zero_()
+            self.mix.bias.zero_()  # type: ignore[union-attr] # it has one
 
     def forward(self, hidden_states, *args, **kwargs):
         "Feature maps (N, channels, H, W) to (N, out_channels, H / 2, W / 2); further arguments are ignored."
@@ -287,7 +287,7 @@ class WaveletUpsample(nn.Module):
         self.mix = nn.Conv2d(self.channels, 4 * self.out_channels, 1)
         with torch.no_grad():
             self.mix.weight.zero_()[::4, :, 0, 0] = 2 * _copy_weights(self.out_channels, channels)
-            self.mix.bias.zero_()
+            self.mix.bias.zero_()  # type: ignore[union-attr] # it has one
 
     def forward(self, hidden_states, output_size=None, *args, **kwargs):
         "Maps (N, channels, h, w) to (N, out_channels, 2h, 2w), or cut to `output_size` (H, W), at most one less each."

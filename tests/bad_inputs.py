@@ -8,6 +8,7 @@ import json
 import lzma
 import os
 import pickle
+import re
 import shutil
 import stat
 import struct
@@ -18,11 +19,9 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import soundfile
 import torch
 from PIL import Image
@@ -62,7 +61,8 @@ class Use:
 
 @dataclass(frozen=True)
 class Entry:
-    "`use` makes the input in an empty folder. `words`: what the line of a refusal holds. `check`: what must be true of the result of a call."
+    """`use` makes the input in an empty folder. `words`: what the line of a refusal holds. `check`: what must be true of the result of a
+    call."""
     name: str
     use: Callable[[Kit, Path], Use]
     why: str
@@ -91,8 +91,10 @@ def overrides_of(**changes):
 def fit_use(root, out, overrides=None, options=(), categories="all", seed=0, device="cpu", **more):
     "Training: every word of it can be the bad one."
     overrides = overrides_of() if overrides is None else overrides
-    command = ["fit", "deco", root, "--out", out, "--categories", categories, "--seed", seed, "--device", device, "--overrides", overrides, *options]
-    notebook = ("deco_image", dict(data_root=str(root), out_dir=str(out), categories=categories, seed=seed, device=device, overrides=overrides))
+    command = ["fit", "deco", root, "--out", out, "--categories", categories, "--seed", seed, "--device", device, "--overrides", overrides,
+               *options]
+    notebook = ("deco_image",
+                dict(data_root=str(root), out_dir=str(out), categories=categories, seed=seed, device=device, overrides=overrides))
     return Use(command, lambda: experiment.fit("deco", root, out, categories=categories, seed=seed, device=device,
                                                overrides=experiment.parse_overrides(overrides), **more), None if options else notebook)
 
@@ -139,7 +141,8 @@ def sound(content, name="x.wav"):
         path = place(sounds, name, content)
         out = earlier_detections(folder / "out")
         return Use(["detect", kit.sound_run / "model", path, "--out", out, "--device", "cpu"], lambda: read_all(path),
-                   ("adiff_audio", dict(data_root=str(sounds), out_dir=str(folder / "run"), device="cpu", overrides=json.dumps(TINY_SOUNDS))))
+                   ("adiff_audio",
+                    dict(data_root=str(sounds), out_dir=str(folder / "run"), device="cpu", overrides=json.dumps(TINY_SOUNDS))))
     return use
 
 
@@ -260,7 +263,8 @@ def codec(make):
     "A folder of a codec, named by an override."
     def use(kit, folder):
         make(folder / "codec", folder)
-        return replace(fit_use(kit.images, folder / "run", overrides_of(codec=str(folder / "codec"))), call=lambda: codecs.load_codec(str(folder / "codec")))
+        return replace(fit_use(kit.images, folder / "run", overrides_of(codec=str(folder / "codec"))),
+                       call=lambda: codecs.load_codec(str(folder / "codec")))
     return use
 
 
@@ -288,8 +292,10 @@ def evaluation(change):
 
 
 PICTURE = "pictures/000.png"
-TOY = common.Dataset(name="Toy", page="http://example.org/toy", url="http://example.org/toy.tar", archive="toy.tar", folder="toy", licence="none",
-                     problems=lambda folder: [] if (folder / PICTURE).is_file() else [f"{PICTURE}: missing"], most_files=100, most_bytes=10_000_000)
+TOY = common.Dataset(name="Toy", page="http://example.org/toy", url="http://example.org/toy.tar", archive="toy.tar", folder="toy",
+                     licence="none",
+                     problems=lambda folder: [] if (folder / PICTURE).is_file() else [f"{PICTURE}: missing"], most_files=100,
+                     most_bytes=10_000_000)
 
 
 def archive(content):
@@ -297,7 +303,8 @@ def archive(content):
     def use(kit, folder):
         path = place(folder, "toy.tar", content)
         (folder / "python").mkdir()
-        return Use(["--out", folder / "data/toy", "--archive", path], lambda: common.install(TOY, path, folder / "python/toy") or folder / "python/toy",
+        return Use(["--out", folder / "data/toy", "--archive", path],
+                   lambda: common.install(TOY, path, folder / "python/toy") or folder / "python/toy",
                    script=True)
     return use
 
@@ -359,22 +366,28 @@ def same_as(content):
     return lambda found: np.array_equal(np.asarray(found), np.asarray(Image.open(io.BytesIO(content)).convert("RGB")))
 
 
-ODD_NAMES = {"with a line break": "a\nb.png", "with spaces": " a b .png", "in Unicode": "Prüfung 検査 🔍.png", "with HTML": "<img src=x onerror=alert(1)>.png",
-             "that begins with a dash": "-rf.png", "that is a formula": "=cmd|' 'C'!A0.png", "with shell commands": "$(touch executed);`touch executed`.png"}
+ODD_NAMES = {"with a line break": "a\nb.png", "with spaces": " a b .png", "in Unicode": "Prüfung 検査 🔍.png",
+             "with HTML": "<img src=x onerror=alert(1)>.png",
+             "that begins with a dash": "-rf.png", "that is a formula": "=cmd|' 'C'!A0.png",
+             "with shell commands": "$(touch executed);`touch executed`.png"}
 
 IMAGES = [
     refused("truncated PNG", image(half(png())), "half a picture is none", "x.png", "cannot be read as an image"),
-    refused("truncated JPEG", image(half(png(form="JPEG", quality=100)), "x.jpg"), "half a picture is none", "x.jpg", "cannot be read as an image"),
+    refused("truncated JPEG", image(half(png(form="JPEG", quality=100)), "x.jpg"), "half a picture is none", "x.jpg",
+            "cannot be read as an image"),
     refused("truncated TIFF", image(half(png(form="TIFF")), "x.tif"), "half a picture is none", "x.tif", "cannot be read as an image"),
     refused("empty file", image(b""), "nothing to see", "x.png", "the file is empty"),
     refused("text named .png", image(b"not an image\n"), "not an image", "x.png", "not an image"),
     refused("PNG whose header fails its checksum", image(flipped(png(), 20)), "damaged", "x.png", "not an image"),
     refused("PNG whose pixels fail their checksum", image(flipped(png(), 700)), "damaged", "x.png", "cannot be read as an image"),
-    refused("PNG of 60000 x 60000 declared pixels", image(png_header(60000, 60000)), "a decompression bomb: above PIL's limit of 179 million", "x.png",
+    refused("PNG of 60000 x 60000 declared pixels", image(png_header(60000, 60000)),
+            "a decompression bomb: above PIL's limit of 179 million", "x.png",
             "cannot be read as an image"),
-    refused("PNG of 12000 x 12000 declared pixels, without them", image(png_header(12000, 12000)), "below the limit, but cut short", "x.png",
+    refused("PNG of 12000 x 12000 declared pixels, without them", image(png_header(12000, 12000)), "below the limit, but cut short",
+            "x.png",
             "cannot be read as an image"),
-    refused("SVG", image(b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>'), "not an image of pixels", "x.png", "not an image"),
+    refused("SVG", image(b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>'), "not an image of pixels", "x.png",
+            "not an image"),
     refused("floating-point TIFF with NaN", image(saved(Image.fromarray(np.full((30, 40), np.nan, np.float32)), "TIFF"), "x.tif"),
             "NaN is no brightness", "x.tif", "nan"),
     refused("floating-point TIFF above 1", image(saved(Image.fromarray(np.full((30, 40), 7, np.float32)), "TIFF"), "x.tif"),
@@ -384,20 +397,25 @@ IMAGES = [
     refused("link to itself", image(lambda path: path.symlink_to(path.name)), "leads nowhere", "x.png"),
     refused("link to nothing", image(lambda path: path.symlink_to("gone.png")), "told by name, not left out", "x.png", "no such file"),
     refused("pipe named .png", image(os.mkfifo), "reading it would wait for ever", "x.png", "not a file"),
-    refused("broken picture with a line break and escapes in its name", image(b"", "a\n\x1b[31mb.png"), "the line stays one line, and no terminal is told anything",
+    refused("broken picture with a line break and escapes in its name", image(b"", "a\n\x1b[31mb.png"),
+            "the line stays one line, and no terminal is told anything",
             r"a\n\x1b[31mb.png"),
-    refused("name that is not in UTF-8, in a folder", detect_use(source=lambda kit, folder: place(folder, "photos/" + os.fsdecode(b"a\xff.png"), png()).parent),
+    refused("name that is not in UTF-8, in a folder",
+            detect_use(source=lambda kit, folder: place(folder, "photos/" + os.fsdecode(b"a\xff.png"), png()).parent),
             "no table could hold it", r"a\udcff.png", "UTF-8"),
-    refused("unreadable file", image(lambda path: (path.write_bytes(png()), path.chmod(0))), "the reason is told", "x.png", "Permission denied"),
+    refused("unreadable file", image(lambda path: (path.write_bytes(png()), path.chmod(0))), "the reason is told", "x.png",
+            "Permission denied"),
     handled("PNG named .jpg", image(png(), "x.jpg"), "the content decides", same_as(png())),
     handled("1 x 1 pixel", image(png(1, 1)), "enlarged", is_picture(1, 1)),
     handled("1 pixel high, 500 wide", image(png(1, 500)), "squeezed to a square as any other", is_picture(500, 1)),
     handled("2 pixels high, 20000 wide", image(png(2, 20000)), "squeezed to a square as any other", is_picture(20000, 2)),
     handled("CMYK", image(png(mode="CMYK", form="JPEG"), "x.jpg"), "converted to RGB", is_picture()),
-    handled("palette with transparency", image(transparent_palette()), "transparent is white", lambda found: found.getpixel((0, 0)) == (255, 255, 255)),
+    handled("palette with transparency", image(transparent_palette()), "transparent is white",
+            lambda found: found.getpixel((0, 0)) == (255, 255, 255)),
     handled("16 bits", image(saved(Image.fromarray(np.full((30, 40), 32896, np.uint16)), "PNG")), "65535 becomes 255",
             lambda found: found.getpixel((0, 0)) == (128, 128, 128)),
-    handled("floating-point TIFF in 0..1", image(saved(Image.fromarray(np.full((30, 40), 128 / 255, np.float32)), "TIFF"), "x.tif"), "1 becomes 255",
+    handled("floating-point TIFF in 0..1", image(saved(Image.fromarray(np.full((30, 40), 128 / 255, np.float32)), "TIFF"), "x.tif"),
+            "1 becomes 255",
             lambda found: found.getpixel((0, 0)) == (128, 128, 128)),
     handled("TIFF of three pages", image(several("TIFF"), "x.tif"), "the first one counts", same_as(png())),
     handled("animated PNG", image(several("PNG", default_image=False)), "the first frame counts", same_as(png())),
@@ -441,17 +459,23 @@ def without_a_number(key):
 
 MASKS = [
     refused("mask of another size", mask(rewritten(lambda old: old.resize((9, 9)))), "which pixel is meant is unknown", "they must agree"),
-    refused("empty mask file", mask(lambda folder: mask_file(folder).write_bytes(b"")), "left out, it would change the numbers unseen", "the file is empty"),
-    refused("truncated mask", mask(lambda folder: mask_file(folder).write_bytes(half(mask_file(folder).read_bytes()))), "half a mask is none",
+    refused("empty mask file", mask(lambda folder: mask_file(folder).write_bytes(b"")), "left out, it would change the numbers unseen",
+            "the file is empty"),
+    refused("truncated mask", mask(lambda folder: mask_file(folder).write_bytes(half(mask_file(folder).read_bytes()))),
+            "half a mask is none",
             "cannot be read as an image"),
-    refused("mask that is a link to nothing", parameter(root=lambda kit, folder: without_masks(kit, folder)), "not the same as no mask", "_mask.png", "no such file"),
-    handled("colour mask", mask(rewritten(lambda old: old.convert("RGB"))), "any colour but black is anomalous", without_a_number("pixel_ap")),
-    handled("mask with a palette", mask(rewritten(lambda old: old.convert("P"))), "any index but 0 is anomalous", without_a_number("pixel_ap")),
+    refused("mask that is a link to nothing", parameter(root=lambda kit, folder: without_masks(kit, folder)), "not the same as no mask",
+            "_mask.png", "no such file"),
+    handled("colour mask", mask(rewritten(lambda old: old.convert("RGB"))), "any colour but black is anomalous",
+            without_a_number("pixel_ap")),
+    handled("mask with a palette", mask(rewritten(lambda old: old.convert("P"))), "any index but 0 is anomalous",
+            without_a_number("pixel_ap")),
     handled("missing mask", mask(lambda folder: mask_file(folder).unlink()), "counts in image-level metrics only, and a note says so",
             lambda metrics: any("have no mask" in note for note in metrics["notes"])),
     handled("black mask of an anomalous image", mask(rewritten(lambda old: Image.new("L", old.size))),
             "its pixels count as normal, as the mask says; at image level it stays anomalous", without_a_number("image_ap")),
-    handled("masks without an image", mask(lambda folder: shutil.copy(mask_file(folder), folder / "999_mask.png")), "left out", without_a_number("pixel_ap")),
+    handled("masks without an image", mask(lambda folder: shutil.copy(mask_file(folder), folder / "999_mask.png")), "left out",
+            without_a_number("pixel_ap")),
 ]
 
 # ---- sounds
@@ -531,35 +555,49 @@ def detector_of(*categories):
 URBAN_HEAD = "slice_file_name,fsID,start,end,salience,fold,classID,class"
 
 TABLES = [
-    refused("no column for the image", table(rows(*ROWS, head="object,split,label,picture,mask")), "what is meant is unknown", "1cls.csv", "has no column image"),
+    refused("no column for the image", table(rows(*ROWS, head="object,split,label,picture,mask")), "what is meant is unknown", "1cls.csv",
+            "has no column image"),
     refused("an image twice", table(rows(*ROWS, ROWS[0])), "it would count twice, or in two splits", "1cls.csv", "row 6", "listed twice"),
-    refused("absolute path", table(rows(*ROWS, "thing,train,normal,/etc/hostname.png,")), "outside of the dataset", "row 6", "relative to the dataset's root"),
-    refused("parent path", table(rows(*ROWS, "thing,train,normal,pictures/../../x.png,")), "outside of the dataset", "row 6", "relative to the dataset's root"),
+    refused("absolute path", table(rows(*ROWS, "thing,train,normal,/etc/hostname.png,")), "outside of the dataset", "row 6",
+            "relative to the dataset's root"),
+    refused("parent path", table(rows(*ROWS, "thing,train,normal,pictures/../../x.png,")), "outside of the dataset", "row 6",
+            "relative to the dataset's root"),
     refused("parent path of a mask", table(rows(*ROWS, "thing,test,anomaly,outside.png,../../mask.png")), "outside of the dataset", "row 6",
             "relative to the dataset's root"),
-    refused("in Latin-1", table(rows(*ROWS, "Gehäuse,train,normal,outside.png,", encoding="latin-1")), "guessing the encoding would spoil names", "1cls.csv",
+    refused("in Latin-1", table(rows(*ROWS, "Gehäuse,train,normal,outside.png,", encoding="latin-1")),
+            "guessing the encoding would spoil names", "1cls.csv",
             "not a CSV table"),
     refused("in UTF-16", table(rows(*ROWS, encoding="utf-16")), "guessing the encoding would spoil names", "1cls.csv", "not a CSV table"),
     refused("NUL in a path", table(rows(*ROWS, "thing,train,normal,a\0b.png,")), "no path of a file", "row 6", "NUL"),
     refused("empty file", table(b""), "no table", "1cls.csv", "not a CSV table"),
     refused("header only", table(rows()), "nothing to train on", "1cls.csv", "no rows"),
     refused("binary", table(png()), "no table", "1cls.csv", "not a CSV table"),
-    refused("rows with too many commas", table(rows(*ROWS, "thing,train,normal,outside.png,,,,")), "which column is meant is unknown", "1cls.csv", "not a CSV table"),
-    refused("every row with one comma too many", table(rows(*(row + "," for row in ROWS))), "pandas would move every column by one", "1cls.csv", "more fields than the header"),
-    refused("category that leaves the folder", table(rows(*(row.replace("thing", "../../thing") for row in ROWS))), "folders and figures are called so", "row 2",
+    refused("rows with too many commas", table(rows(*ROWS, "thing,train,normal,outside.png,,,,")), "which column is meant is unknown",
+            "1cls.csv", "not a CSV table"),
+    refused("every row with one comma too many", table(rows(*(row + "," for row in ROWS))), "pandas would move every column by one",
+            "1cls.csv", "more fields than the header"),
+    refused("category that leaves the folder", table(rows(*(row.replace("thing", "../../thing") for row in ROWS))),
+            "folders and figures are called so", "row 2",
             "object must be a name"),
     refused("unknown split", table(rows(*ROWS, "thing,trian,normal,outside.png,")), "a typing error", "row 6", "trian", "train"),
-    refused("anomaly in the training split", table(rows(*ROWS, "thing,train,anomaly,outside.png,")), "training is on normal images only", "row 6",
+    refused("anomaly in the training split", table(rows(*ROWS, "thing,train,anomaly,outside.png,")), "training is on normal images only",
+            "row 6",
             "outside the test split"),
     refused("none of its files is there", table(rows("thing,train,normal,gone.png,")), "nothing to train on", "holds no image of thing"),
-    handled("with a byte-order mark", table(rows(*WHOLE, encoding="utf-8-sig")), "the mark is no part of the first name", detector_of("thing")),
-    handled("Windows line ends and quotes", table(rows(*WHOLE, '"thing","train","normal","outside.png",""').replace(b"\n", b"\r\n")), "a table like any other",
+    handled("with a byte-order mark", table(rows(*WHOLE, encoding="utf-8-sig")), "the mark is no part of the first name",
             detector_of("thing")),
-    handled("category that is a formula", table(rows(*(row.replace("thing", "=1+1") for row in WHOLE))), "text, in python as in our files", detector_of("=1+1")),
-    handled("rows without a file", table(rows(*WHOLE, "thing,train,normal,gone.png,")), "left out, counted in a note", detector_of("thing")),
+    handled("Windows line ends and quotes", table(rows(*WHOLE, '"thing","train","normal","outside.png",""').replace(b"\n", b"\r\n")),
+            "a table like any other",
+            detector_of("thing")),
+    handled("category that is a formula", table(rows(*(row.replace("thing", "=1+1") for row in WHOLE))), "text, in python as in our files",
+            detector_of("=1+1")),
+    handled("rows without a file", table(rows(*WHOLE, "thing,train,normal,gone.png,")), "left out, counted in a note",
+            detector_of("thing")),
     refused("UrbanSound8K: fold 11", urban(rows("0.wav,1,0,1,1,11,3,dog_bark", head=URBAN_HEAD)), "there are ten", "row 2", "fold '11'"),
-    refused("UrbanSound8K: a time that is no number", urban(rows("0.wav,1,zero,1,1,1,3,dog_bark", head=URBAN_HEAD)), "no length", "row 2", "does not end"),
-    refused("UrbanSound8K: a recording in training and test", urban(rows("0.wav,1,0,1,1,1,3,dog_bark", "1.wav,1,0,1,1,10,3,dog_bark", head=URBAN_HEAD)),
+    refused("UrbanSound8K: a time that is no number", urban(rows("0.wav,1,zero,1,1,1,3,dog_bark", head=URBAN_HEAD)), "no length", "row 2",
+            "does not end"),
+    refused("UrbanSound8K: a recording in training and test",
+            urban(rows("0.wav,1,0,1,1,1,3,dog_bark", "1.wav,1,0,1,1,10,3,dog_bark", head=URBAN_HEAD)),
             "the test would know it", "recording (fsID) 1"),
 ]
 
@@ -575,10 +613,12 @@ def laughs(depth=9, width=9):
 
 
 MATRICES = [
-    refused("a tag that would run a command", yaml("groups: !!python/object/apply:os.system ['touch executed']\n"), "YAML is read without objects", "m.yaml",
+    refused("a tag that would run a command", yaml("groups: !!python/object/apply:os.system ['touch executed']\n"),
+            "YAML is read without objects", "m.yaml",
             "not valid YAML"),
     refused("aliases of aliases", yaml(laughs()), "a few lines that stand for millions of values", "m.yaml", "aliases"),
-    refused("an alias inside of what it means", yaml("groups: &g\n  g: {notebook: nb.ipynb, parameters: {options: *g}}\n"), "it has no end", "m.yaml", "aliases"),
+    refused("an alias inside of what it means", yaml("groups: &g\n  g: {notebook: nb.ipynb, parameters: {options: *g}}\n"), "it has no end",
+            "m.yaml", "aliases"),
     refused("a key twice", yaml(GROUP % "" + GROUP % ""), "one of them would be lost", "line 2", "duplicate key"),
     refused("tabs", yaml("groups:\n\tg:\n\t\tnotebook: nb.ipynb\n"), "not YAML", "line 2"),
     refused("unknown key", yaml(GROUP % ", axis: {}"), "a typing error", "groups.g.axis"),
@@ -590,17 +630,22 @@ MATRICES = [
     refused("2 MB", yaml("# " + "x" * 2_000_000 + "\n" + GROUP % ""), "a matrix is a short file", "m.yaml", "1 MB"),
     refused("a number of 5000 digits", yaml(GROUP.replace("0, 1", "9" * 5000) % ""), "no number anyone means", "m.yaml", "not valid YAML"),
     refused("a date that does not exist", yaml(GROUP.replace("0, 1", "2020-13-45") % ""), "not YAML", "m.yaml", "not valid YAML"),
-    refused("a date", yaml(GROUP % ", parameters: {options: {day: 2020-12-24}}"), "a notebook is told text and numbers", "m.yaml", "quotes"),
+    refused("a date", yaml(GROUP % ", parameters: {options: {day: 2020-12-24}}"), "a notebook is told text and numbers", "m.yaml",
+            "quotes"),
     refused("a list as a key", yaml("? [a, b]\n: x\n"), "no name of anything", "m.yaml"),
-    refused("a million runs", yaml("groups: {g: {notebook: nb.ipynb, axes: {seed: %s, options: %s}}}" % (list(range(1000)), {f"o{n}": {"x": n} for n in range(1000)})),
+    refused("a million runs", yaml(f"groups: {{g: {{notebook: nb.ipynb, axes: {{seed: {list(range(1000))}, "
+                                   f"options: {({f'o{n}': {'x': n} for n in range(1000)})}}}}}}}"),
             "a plan that cannot be meant", "m.yaml", "1000000 runs"),
     refused("a notebook that is not there", yaml(GROUP.replace("nb.", "no.") % ""), "nothing to run", "no.ipynb", "no such file"),
     refused("a parameter of a wrong type", yaml(GROUP.replace("0, 1", "zero") % ""), "the notebook would fail later", "seed must be int"),
     handled("aliases that are few", yaml("groups:\n  g: {notebook: nb.ipynb, axes: {seed: [0]}, parameters: &p {options: {a: 1}}}\n"
-                                         "  h: {notebook: nb.ipynb, axes: {seed: [1]}, parameters: *p}\n"), "each stands for what it names", lambda runs: len(runs) == 2),
-    handled("names with slashes, dots and shell commands", yaml('groups: {"../../$(touch executed)": {notebook: nb.ipynb, axes: {seed: {"`touch executed`; /": 0, b: 1}}}}\n'),
+                                         "  h: {notebook: nb.ipynb, axes: {seed: [1]}, parameters: *p}\n"), "each stands for what it names",
+                                         lambda runs: len(runs) == 2),
+    handled("names with slashes, dots and shell commands",
+            yaml('groups: {"../../$(touch executed)": {notebook: nb.ipynb, axes: {seed: {"`touch executed`; /": 0, b: 1}}}}\n'),
             "a run's folder has letters, digits and . _ - = + only",
-            lambda runs: all(set(run.folder) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-=+") and ".." not in Path(run.folder).parts
+            lambda runs: all(set(run.folder) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-=+")
+                             and ".." not in Path(run.folder).parts
                              for run in runs)),
 ]
 
@@ -642,7 +687,8 @@ PARAMETERS = [
             "what a run draws would be trained on next time", "photos", "out_dir"),
     refused("out is inside the data", parameter(root=lambda kit, folder: photos(folder), out=lambda kit, folder: folder / "photos/run"),
             "what a run draws would be trained on next time", "photos", "out_dir"),
-    refused("the data is a root whose folders are no categories", parameter(root=lambda kit, folder: place(folder, "a/train/x.txt", b"").parent.parent.parent),
+    refused("the data is a root whose folders are no categories",
+            parameter(root=lambda kit, folder: place(folder, "a/train/x.txt", b"").parent.parent.parent),
             "no layout fits", "train"),
 ]
 
@@ -659,15 +705,22 @@ PARAMETERS += [
     refused("unknown category to detect", detect_use("--category", "brikc", category="brikc"), "a typing error", "brikc", "brick"),
     refused("a file as model", detect_use(model=lambda kit, folder: place(folder, "model", b"x")), "no folder", "model"),
     refused("a model that is not there", detect_use(model=lambda kit, folder: folder / "no/such/model"), "nothing to detect with", "model"),
-    refused("a file that is not there", detect_use(source=lambda kit, folder: folder / "gone.png"), "nothing to detect in", "gone.png", "no such file"),
-    refused("a folder without pictures", detect_use(source=lambda kit, folder: place(folder, "texts/x.txt", b"").parent), "nothing to detect in", "holds no image"),
-    refused("detections into a file", detect_use(out_dir=lambda folder: place(folder, "out", b"mine")), "it would be lost", "cannot write here"),
-    handled("a folder named x.png with a picture in it", detect_use(source=lambda kit, folder: place(folder, "x.png/a.png", png()).parent), "searched through",
+    refused("a file that is not there", detect_use(source=lambda kit, folder: folder / "gone.png"), "nothing to detect in", "gone.png",
+            "no such file"),
+    refused("a folder without pictures", detect_use(source=lambda kit, folder: place(folder, "texts/x.txt", b"").parent),
+            "nothing to detect in", "holds no image"),
+    refused("detections into a file", detect_use(out_dir=lambda folder: place(folder, "out", b"mine")), "it would be lost",
+            "cannot write here"),
+    handled("a folder named x.png with a picture in it", detect_use(source=lambda kit, folder: place(folder, "x.png/a.png", png()).parent),
+            "searched through",
             lambda found: len(found) == 1 and not found.error.any()),
-    handled("detections into the folder of the pictures, a second time", detect_use(source=lambda kit, folder: earlier_detections(place(folder, "p/a.png", png()).parent),
-                                                                                    out_dir=lambda folder: folder / "p"), "our own overlays are not looked at",
+    handled("detections into the folder of the pictures, a second time",
+            detect_use(source=lambda kit, folder: earlier_detections(place(folder, "p/a.png", png()).parent),
+                                                                                    out_dir=lambda folder: folder / "p"),
+                                                                                    "our own overlays are not looked at",
             lambda found: len(found) == 1 and not found.error.any()),
-    refused("detection in our own overlays", detect_use(source=lambda kit, folder: earlier_detections(folder / "out") / "overlays", out_dir=lambda folder: folder / "out"),
+    refused("detection in our own overlays",
+            detect_use(source=lambda kit, folder: earlier_detections(folder / "out") / "overlays", out_dir=lambda folder: folder / "out"),
             "they are not pictures of anything", "overlays", "nothing else"),
     handled("a folder with a link to itself", detect_use(source=lambda kit, folder: linked(folder)), "links to folders are not followed",
             lambda found: len(found) == 1 and not found.error.any()),
@@ -715,17 +768,22 @@ def official_weights(**shapes):
 
 
 CHECKPOINTS = [
-    refused("pickle that runs a command", checkpoint(lambda folder: pickle.dumps({"model": Malicious(folder / "executed")})), "nothing in a file is run", "800.pt",
+    refused("pickle that runs a command", checkpoint(lambda folder: pickle.dumps({"model": Malicious(folder / "executed")})),
+            "nothing in a file is run", "800.pt",
             "refused"),
-    refused("torch file that runs a command", checkpoint(lambda folder: torch_bytes({"model": Malicious(folder / "executed")})), "nothing in a file is run", "800.pt",
+    refused("torch file that runs a command", checkpoint(lambda folder: torch_bytes({"model": Malicious(folder / "executed")})),
+            "nothing in a file is run", "800.pt",
             "refused"),
     refused("torn torch file", checkpoint(half(torch_bytes(official_weights()))), "half of it is missing", "800.pt", "refused"),
     refused("empty file", checkpoint(b""), "nothing in it", "800.pt"),
     refused("zip of something else", checkpoint(zip_bytes(**{"a.txt": "x"})), "no weights", "800.pt"),
-    refused("another dictionary of tensors", checkpoint(torch_bytes({"model": {"weight": torch.zeros(3)}})), "another network", "800.pt", "not in the official"),
+    refused("another dictionary of tensors", checkpoint(torch_bytes({"model": {"weight": torch.zeros(3)}})), "another network", "800.pt",
+            "not in the official"),
     refused("a list", checkpoint(torch_bytes([1, 2])), "another network", "800.pt", "not in the official"),
-    refused("weights without axes", checkpoint(torch_bytes({"model": dict.fromkeys(OFFICIAL_KEYS, torch.zeros(()))})), "another network", "official"),
-    refused("width of no known size", checkpoint(torch_bytes(official_weights(**{OFFICIAL_KEYS[1]: (77, 77)}))), "another network", "known sizes"),
+    refused("weights without axes", checkpoint(torch_bytes({"model": dict.fromkeys(OFFICIAL_KEYS, torch.zeros(()))})), "another network",
+            "official"),
+    refused("width of no known size", checkpoint(torch_bytes(official_weights(**{OFFICIAL_KEYS[1]: (77, 77)}))), "another network",
+            "known sizes"),
     refused("three weights of many", checkpoint(torch_bytes(official_weights())), "another network", "official checkpoint"),
 ]
 
@@ -803,35 +861,48 @@ def first_shortened(state):
 
 
 MODELS = [
-    refused("torn weights", model(lambda model, folder: network_file(model).write_bytes(half(network_file(model).read_bytes()))), "half of them are missing",
+    refused("torn weights", model(lambda model, folder: network_file(model).write_bytes(half(network_file(model).read_bytes()))),
+            "half of them are missing",
             "model"),
     refused("empty weights", model(lambda model, folder: network_file(model).write_bytes(b"")), "nothing in them", "model"),
     refused("weights whose header declares 2**60 bytes", model(lying_header(2**60)), "longer than the file", "model"),
     refused("weights whose header is shorter than it is", model(lying_header(10)), "cut off in the middle", "model"),
     refused("a tensor of 2**50 declared values", model(huge_tensor), "longer than the file", "model"),
-    refused("weights that are NaN", model(with_weights(lambda state: {name: torch.full_like(value, torch.nan) for name, value in state.items()})),
+    refused("weights that are NaN",
+            model(with_weights(lambda state: {name: torch.full_like(value, torch.nan) for name, value in state.items()})),
             "every score would be NaN", "NaN"),
     refused("a weight of another shape", model(with_weights(first_shortened)), "another network", "model"),
     refused("a weight that is missing", model(with_weights(lambda state: dict(sorted(state.items())[1:]))), "it would be random", "model"),
     refused("weights as a pickle that runs a command", model(only_pickled), "safetensors only", "model"),
-    refused("model_index.json is not JSON", model(with_json("model_index.json", lambda values, _: "{")), "torn", "model_index.json", "not valid JSON"),
-    refused("model_index.json is a list", model(with_json("model_index.json", lambda values, _: [1])), "another format", "model_index.json"),
-    refused("model_index.json without the network", model(with_json("model_index.json", lambda values, _: {k: v for k, v in values.items() if k != "codec"})),
+    refused("model_index.json is not JSON", model(with_json("model_index.json", lambda values, _: "{")), "torn", "model_index.json",
+            "not valid JSON"),
+    refused("model_index.json is a list", model(with_json("model_index.json", lambda values, _: [1])), "another format",
+            "model_index.json"),
+    refused("model_index.json without the network",
+            model(with_json("model_index.json", lambda values, _: {k: v for k, v in values.items() if k != "codec"})),
             "a part is missing", "model"),
-    refused("a part that is os.system", model(with_json("model_index.json", lambda values, _: {**values, "network": ["os", "system"]})), "no part of a detector",
+    refused("a part that is os.system", model(with_json("model_index.json", lambda values, _: {**values, "network": ["os", "system"]})),
+            "no part of a detector",
             "os"),
-    refused("a part of a module that is not imported", model(with_json("model_index.json", lambda values, _: {**values, "network": ["antigravity", "fly"]})),
+    refused("a part of a module that is not imported",
+            model(with_json("model_index.json", lambda values, _: {**values, "network": ["antigravity", "fly"]})),
             "a model folder imports nothing", "antigravity", "import"),
-    refused("a part that is a number", model(with_json("model_index.json", lambda values, _: {**values, "network": 3})), "no part", "model_index.json"),
+    refused("a part that is a number", model(with_json("model_index.json", lambda values, _: {**values, "network": 3})), "no part",
+            "model_index.json"),
     refused("a part with code in its folder", model(evil_part), "a model folder runs nothing", "evil"),
     refused("a pipeline with code in the folder", model(evil_pipeline), "a model folder runs nothing", "model"),
     refused("a part that is a pipeline of diffusers", model(nested_pipeline), "no part of a detector", "DiffusionPipeline"),
     refused("a configuration that is torn", model(lambda model, folder: (model / "network/config.json").write_text("{")), "torn", "model"),
-    refused("a configuration with a key that is unknown and one that is missing", model(changed_network(base_channels="many")), "another network", "model"),
-    refused("a configuration of a gigantic network", model(changed_network(base_channels=2**20)), "the weights are of another size, and no memory is taken", "model"),
-    refused("a codec of 4**20 channels", model(with_json("codec/config.json", lambda values, _: {**values, "levels": 20})), "no memory holds it", "model"),
-    refused("calibration that is text", model(with_json("model_index.json", lambda values, _: {**values, "calibration": "none"})), "no thresholds", "calibration"),
-    refused("a protocol that is unknown", model(with_json("model_index.json", lambda values, _: {**values, "protocol": "../x"})), "no frame", "../x"),
+    refused("a configuration with a key that is unknown and one that is missing", model(changed_network(base_channels="many")),
+            "another network", "model"),
+    refused("a configuration of a gigantic network", model(changed_network(base_channels=2**20)),
+            "the weights are of another size, and no memory is taken", "model"),
+    refused("a codec of 4**20 channels", model(with_json("codec/config.json", lambda values, _: {**values, "levels": 20})),
+            "no memory holds it", "model"),
+    refused("calibration that is text", model(with_json("model_index.json", lambda values, _: {**values, "calibration": "none"})),
+            "no thresholds", "calibration"),
+    refused("a protocol that is unknown", model(with_json("model_index.json", lambda values, _: {**values, "protocol": "../x"})),
+            "no frame", "../x"),
     handled("a file that is no part of it", model(lambda model, folder: (model / "notes.py").write_text("raise SystemExit")), "left alone",
             lambda found: np.isfinite(found.scores).all()),
 ]
@@ -850,14 +921,20 @@ def codec_config(**values):
 
 
 MODELS += [
-    refused("codec: a pickle that runs a command", codec(author_files(lambda folder: pickle.dumps({"x": Malicious(folder / "executed")}))), "nothing in a file is run",
+    refused("codec: a pickle that runs a command", codec(author_files(lambda folder: pickle.dumps({"x": Malicious(folder / "executed")}))),
+            "nothing in a file is run",
             "x_encoder.pth"),
-    refused("codec: a torn file", codec(author_files(half(torch_bytes({"x": torch.zeros(100)})))), "half of it is missing", "x_encoder.pth"),
-    refused("codec: another network's weights", codec(author_files(torch_bytes({"x": torch.zeros(100)}))), "another network", "x_encoder.pth"),
-    refused("codec: a configuration of something else", codec(codec_config(_class_name="os.system")), "no codec", "config.json", "os.system"),
-    refused("codec: a configuration that is a list", codec(lambda codec, folder: place(codec, "config.json", b"[1]")), "no codec", "config.json"),
+    refused("codec: a torn file", codec(author_files(half(torch_bytes({"x": torch.zeros(100)})))), "half of it is missing",
+            "x_encoder.pth"),
+    refused("codec: another network's weights", codec(author_files(torch_bytes({"x": torch.zeros(100)}))), "another network",
+            "x_encoder.pth"),
+    refused("codec: a configuration of something else", codec(codec_config(_class_name="os.system")), "no codec", "config.json",
+            "os.system"),
+    refused("codec: a configuration that is a list", codec(lambda codec, folder: place(codec, "config.json", b"[1]")), "no codec",
+            "config.json"),
     refused("codec: a configuration without weights", codec(codec_config(_class_name="AutoencoderTiny")), "weights are missing", "codec"),
-    refused("codec: a name that leaves the folder of weights", overrides(overrides_of(codec="../../etc")), "no codec and no folder", "../../etc"),
+    refused("codec: a name that leaves the folder of weights", overrides(overrides_of(codec="../../etc")), "no codec and no folder",
+            "../../etc"),
 ]
 
 
@@ -876,8 +953,10 @@ def broken_checkpoints(content):
 
 
 MODELS += [
-    handled("checkpoints that are torn", broken_checkpoints(lambda content, folder: half(content)), "named in a printed line; training begins anew", detector_of("brick")),
-    handled("checkpoints that would run a command", broken_checkpoints(lambda content, folder: pickle.dumps(Malicious(folder / "executed"))),
+    handled("checkpoints that are torn", broken_checkpoints(lambda content, folder: half(content)),
+            "named in a printed line; training begins anew", detector_of("brick")),
+    handled("checkpoints that would run a command",
+            broken_checkpoints(lambda content, folder: pickle.dumps(Malicious(folder / "executed"))),
             "named in a printed line, not run; training begins anew", detector_of("brick")),
 ]
 
@@ -895,23 +974,33 @@ def edited(name, change):
 
 
 RESULTS = [
-    refused("metrics.json is torn", evaluated_run(lambda run: (run / "metrics.json").write_text('{"method"')), "half of it is missing", "metrics.json", "not valid JSON"),
+    refused("metrics.json is torn", evaluated_run(lambda run: (run / "metrics.json").write_text('{"method"')), "half of it is missing",
+            "metrics.json", "not valid JSON"),
     refused("metrics.json is empty", evaluated_run(written("metrics.json", b"")), "nothing in it", "metrics.json", "not valid JSON"),
     refused("metrics.json is a list", evaluated_run(written("metrics.json", b"[]")), "not ours", "metrics.json"),
     refused("metrics.json without its keys", evaluated_run(written("metrics.json", b"{}")), "not ours", "metrics.json"),
-    refused("metrics.json with a word for a number", evaluated_run(edited("metrics.json", lambda metrics: {**metrics, "categories": {"brick": {
+    refused("metrics.json with a word for a number",
+            evaluated_run(edited("metrics.json", lambda metrics: {**metrics, "categories": {"brick": {
         **metrics["categories"]["brick"], "aupro": "high"}}})), "no number", "metrics.json"),
-    refused("metrics.json in Latin-1", evaluated_run(written("metrics.json", '{"ä": 1}'.encode("latin-1"))), "not JSON", "metrics.json", "not valid JSON"),
-    refused("100000 brackets as config.json", evaluated_run(written("config.json", b"[" * 100_000)), "nested deeper than anything needs", "config.json"),
+    refused("metrics.json in Latin-1", evaluated_run(written("metrics.json", '{"ä": 1}'.encode("latin-1"))), "not JSON", "metrics.json",
+            "not valid JSON"),
+    refused("100000 brackets as config.json", evaluated_run(written("config.json", b"[" * 100_000)), "nested deeper than anything needs",
+            "config.json"),
     refused("scores.csv is missing", evaluated_run(lambda run: (run / "scores.csv").unlink()), "no intervals without scores", "scores.csv"),
     refused("scores.csv is binary", evaluated_run(written("scores.csv", png())), "not ours", "scores.csv"),
-    refused("scores.csv without scores", evaluated_run(written("scores.csv", b"path,category,label\nx,brick,1\n")), "not ours", "scores.csv"),
-    refused("pixels of another format", evaluated_run(lambda run: [path.write_bytes(b"x") for path in (run / "pixels").iterdir()]), "not ours", "brick.npz"),
-    refused("pixels as a pickle that runs a command", evaluated_run(lambda run: [path.write_bytes(pickle.dumps(Malicious(run.parents[1] / "executed")))
-                                                                                 for path in (run / "pixels").iterdir()]), "nothing in a file is run", "brick.npz"),
-    refused("config.json is torn", evaluation(written("config.json", b'{"method": ')), "half of it is missing", "config.json", "not valid JSON"),
+    refused("scores.csv without scores", evaluated_run(written("scores.csv", b"path,category,label\nx,brick,1\n")), "not ours",
+            "scores.csv"),
+    refused("pixels of another format", evaluated_run(lambda run: [path.write_bytes(b"x") for path in (run / "pixels").iterdir()]),
+            "not ours", "brick.npz"),
+    refused("pixels as a pickle that runs a command",
+            evaluated_run(lambda run: [path.write_bytes(pickle.dumps(Malicious(run.parents[1] / "executed")))
+                                                                                 for path in (run / "pixels").iterdir()]),
+                                                                                 "nothing in a file is run", "brick.npz"),
+    refused("config.json is torn", evaluation(written("config.json", b'{"method": ')), "half of it is missing", "config.json",
+            "not valid JSON"),
     refused("config.json without its keys", evaluation(written("config.json", b"{}")), "not ours", "config.json"),
-    refused("config.json of a dataset that is gone", evaluation(edited("config.json", lambda config: {**config, "dataset": {**config["dataset"], "root": "/no/such"}})),
+    refused("config.json of a dataset that is gone",
+            evaluation(edited("config.json", lambda config: {**config, "dataset": {**config["dataset"], "root": "/no/such"}})),
             "nothing to evaluate on", "/no/such", "no such folder"),
     refused("log.jsonl is torn", evaluation(written("log.jsonl", b'{"step": 1, "loss"')), "half of it is missing", "log.jsonl"),
     refused("log.jsonl is empty", evaluation(written("log.jsonl", b"")), "training says nothing", "log.jsonl"),
@@ -968,22 +1057,29 @@ def long_name():
 
 
 ARCHIVES = [
-    *(refused(f"tar: {name}", archive(tar(info)), "outside of the target, or through a link to it", repr(info.name), words) for name, info, words in [
+    *(refused(f"tar: {name}", archive(tar(info)), "outside of the target, or through a link to it", repr(info.name), words) for name, info,
+      words in [
         ("absolute path", member("/tmp/evil"), "absolute"), ("parent path", member("pictures/../../evil"), "leave the target"),
-        ("symbolic link", member("evil", tarfile.SYMTYPE, "/"), "symbolic link"), ("hard link", member("evil", tarfile.LNKTYPE, "../x"), "hard link"),
+        ("symbolic link", member("evil", tarfile.SYMTYPE, "/"), "symbolic link"),
+        ("hard link", member("evil", tarfile.LNKTYPE, "../x"), "hard link"),
         ("device", member("evil", tarfile.CHRTYPE), "device"), ("pipe", member("evil", tarfile.FIFOTYPE), "device"),
         ("drive letter", member("C:evil"), "absolute"), ("backslashes", member("..\\evil"), "absolute")]),
-    *(refused(f"zip: {name}", archive(zipped(extra)), "outside of the target, or through a link to it", repr(extra[0]), words) for name, extra, words in [
+    *(refused(f"zip: {name}", archive(zipped(extra)), "outside of the target, or through a link to it", repr(extra[0]), words) for name,
+      extra, words in [
         ("absolute path", ("/tmp/evil", b"x", 0), "absolute"), ("parent path", ("../evil", b"x", 0), "leave the target"),
         ("symbolic link", ("evil", b"/etc", stat.S_IFLNK), "symbolic link")]),
     refused("zip: encrypted", archive(encrypted()), "nobody is asked for a password", "encrypted"),
     refused("zip: 50 MB of zeros", archive(zipped(("zeros", bytes(50_000_000), 0))), "above the size that the dataset has", "10 MB"),
-    refused("tar: 1 TB declared", archive(half(tar()) [:1024] + member("big", size=2**40).tobuf(tarfile.GNU_FORMAT) + bytes(1024)), "above the size that the dataset has",
+    refused("tar: 1 TB declared", archive(half(tar()) [:1024] + member("big", size=2**40).tobuf(tarfile.GNU_FORMAT) + bytes(1024)),
+            "above the size that the dataset has",
             "10 MB"),
-    refused("tar.gz: 50 MB of zeros", archive(tar(member("zeros", size=50_000_000), mode="w:gz")), "above the size that the dataset has", "10 MB"),
+    refused("tar.gz: 50 MB of zeros", archive(tar(member("zeros", size=50_000_000), mode="w:gz")), "above the size that the dataset has",
+            "10 MB"),
     refused("tar.gz: a name of 64 MB", archive(long_name()), "no name is that long, and it is not read", "neither a tar nor a zip"),
-    refused("tar: 1000 members", archive(tar(*(member(f"{number}.png") for number in range(1000)))), "more than the dataset has", "100 files"),
-    refused("zip: 1000 members", archive(zipped(*((f"{number}.png", b"x", 0) for number in range(1000)))), "more than the dataset has", "100 files"),
+    refused("tar: 1000 members", archive(tar(*(member(f"{number}.png") for number in range(1000)))), "more than the dataset has",
+            "100 files"),
+    refused("zip: 1000 members", archive(zipped(*((f"{number}.png", b"x", 0) for number in range(1000)))), "more than the dataset has",
+            "100 files"),
     refused("tar: a name twice", archive(tar(member("twice"), member("twice"))), "one of them would be lost", "'twice'", "twice"),
     refused("zip: a name twice", archive(zipped(("twice", b"x", 0), ("./twice", b"y", 0))), "one of them would be lost", "twice"),
     refused("tar: a file where a folder is", archive(tar(member("pictures"))), "one of them would be lost", "'pictures'"),
@@ -996,21 +1092,27 @@ ARCHIVES = [
             lambda folder: (folder / PICTURE).is_file()),
 ]
 
-CORPUS = {"Pictures": IMAGES, "Masks": MASKS, "Sounds": SOUNDS, "Tables": TABLES, "Matrices": MATRICES, "Overrides": JSON, "Parameters": PARAMETERS,
-          "Official checkpoints": CHECKPOINTS, "Models, codecs, checkpoints": MODELS, "Results of runs": RESULTS, "Archives of datasets": ARCHIVES}
+CORPUS = {"Pictures": IMAGES, "Masks": MASKS, "Sounds": SOUNDS, "Tables": TABLES, "Matrices": MATRICES, "Overrides": JSON,
+          "Parameters": PARAMETERS,
+          "Official checkpoints": CHECKPOINTS, "Models, codecs, checkpoints": MODELS, "Results of runs": RESULTS,
+          "Archives of datasets": ARCHIVES}
 ENTRIES = {f"{section}: {entry.name}": entry for section, entries in CORPUS.items() for entry in entries}
 
 
 def corpus_table():
     "The corpus as a page in Markdown: a table of name, outcome and reason for every section."
     def cell(text):
-        return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*").replace("_", "\\_").replace("`", "\\`")
+        return re.sub(r"([\\|*_`])", r"\\\1", " ".join(text.split())).replace("<", "&lt;")
 
     parts = ["# Bad and odd inputs", "",
-             "What happens to input that is broken, odd or hostile. *Refused*: one line that names the file or parameter, exit code 2, nothing written and "
-             "nothing changed; in python an `InputError`. *Handled*: used as the table says. Every row is made and tried by `tests/test_bad_inputs.py` on the "
-             "command line, in python and, where a notebook takes such a thing, in the notebooks of experiments; `tests/bad_inputs.py` is the source of this page.",
-             "", "What a CSV of ours holds is text as it is: a file that is called `=1+1` stands in `scores.csv` under that name, as pandas writes it and reads it back. "
+             "What happens to input that is broken, odd or hostile. *Refused*: one line that names the file or parameter, exit code 2, "
+             "nothing written and "
+             "nothing changed; in python an `InputError`. *Handled*: used as the table says. Every row is made and tried by "
+             "`tests/test_bad_inputs.py` on the "
+             "command line, in python and, where a notebook takes such a thing, in the notebooks of experiments; "
+             "`tests/bad_inputs.py` is the source of this page.",
+             "", "What a CSV of ours holds is text as it is: a file that is called `=1+1` stands in `scores.csv` under that name, "
+                 "as pandas writes it and reads it back. "
              "Open a table of names that you do not trust in a spreadsheet by its import dialogue, with the columns as text.", ""]
     for section, entries in CORPUS.items():
         parts += [f"## {section}", "", "| input | outcome | why |", "|---|---|---|"]

@@ -39,7 +39,8 @@ def urban_tree():
     "A function that writes a tiny tree like UrbanSound8K's to a folder: two classes, training folds 1 and 2, test fold 10."
     def write(root):
         rows, generator = [], np.random.default_rng(0)
-        for number, (fold, name, class_id) in enumerate((f, n, c) for f in (1, 2, 10) for n, c in (("dog_bark", 3), ("siren", 8)) for _ in range(4)):
+        for number, (fold, name, class_id) in enumerate((f, n, c) for f in (1, 2, 10) for n,
+                                                        c in (("dog_bark", 3), ("siren", 8)) for _ in range(4)):
             file = f"{1000 + number}-{class_id}-0-0.wav"
             rows.append((file, 1000 + number, 0, 1.5, 1, fold, class_id, name))
             path = root / f"audio/fold{fold}" / file

@@ -1,4 +1,4 @@
-"""The corpus of tests/bad_inputs.py, every entry on the command line, in python and in the notebooks: handled or refused, never anything else."""
+"""The corpus of tests/bad_inputs.py, every entry on the command line, in python and in the notebooks: handled or refused, nothing else."""
 import contextlib
 import faulthandler
 import functools
@@ -54,7 +54,8 @@ def quick(request, kit, monkeypatch):
     if "Sounds-sounds" not in request.node.name:
         monkeypatch.setattr(experiment, "draw_figures", lambda *_: None)
     load, good = AnomalyDetector.from_pretrained, (kit.run / "model", kit.sound_run / "model")
-    monkeypatch.setattr(AnomalyDetector, "from_pretrained", lambda folder: loaded(load, Path(folder)) if Path(folder) in good else load(folder))
+    monkeypatch.setattr(AnomalyDetector, "from_pretrained",
+                        lambda folder: loaded(load, Path(folder)) if Path(folder) in good else load(folder))
 
 
 @functools.cache
@@ -74,7 +75,8 @@ def no_hang_and_no_bomb():
 def contents(*folders):
     "Every file below the folders: what it is, where it is on the disk, and when it was written. A file that is replaced is another one."
     found = {path: path.lstat() for folder in folders for path in folder.rglob("*")}
-    return {path: (state.st_mode, state.st_ino, state.st_size, state.st_mtime_ns) for path, state in found.items() if not stat.S_ISDIR(state.st_mode)}
+    return {path: (state.st_mode, state.st_ino, state.st_size, state.st_mtime_ns) for path,
+            state in found.items() if not stat.S_ISDIR(state.st_mode)}
 
 
 @contextlib.contextmanager
@@ -206,11 +208,13 @@ def test_papermill_says_the_same(used, repository, tmp_path, name):
         said(entry, error.value.evalue)
 
 
-@pytest.mark.parametrize("name", ["Pictures: pipe named .png", "Matrices: aliases of aliases", "Official checkpoints: pickle that runs a command",
+@pytest.mark.parametrize("name", ["Pictures: pipe named .png", "Matrices: aliases of aliases",
+                                  "Official checkpoints: pickle that runs a command",
                                   "Models, codecs, checkpoints: a pipeline with code in the folder"])
 def test_real_process(used, name):
     with used(name) as (entry, use):
-        result = subprocess.run([Path(sys.executable).with_name("adiff"), *map(str, use.command)], capture_output=True, text=True, timeout=SECONDS)
+        result = subprocess.run([Path(sys.executable).with_name("adiff"), *map(str, use.command)], capture_output=True, text=True,
+                                timeout=SECONDS)
         lines = [line for line in result.stderr.splitlines() if line.startswith("adiff: ")]
         assert result.returncode == 2 and len(lines) == 1 and "Traceback" not in result.stderr, result.stderr
         said(entry, lines[0])
@@ -252,7 +256,8 @@ def test_names_are_text_in_every_page(kit, tmp_path):
     check_page(write_report(run))
     write_json(out / "matrix.json", {"matrix": HTML, "description": HTML, "command": HTML, "runs": [
         {"label": HTML, "folder": "runs/x", "identity": "x", "group": HTML, "axes": {HTML: HTML}}]})
-    write_json(run / "run.json", {"label": HTML, "group": HTML, "axes": {HTML: HTML}, "matrix": HTML, "identity": "x", "parameters": {HTML: HTML}})
+    write_json(run / "run.json",
+               {"label": HTML, "group": HTML, "axes": {HTML: HTML}, "matrix": HTML, "identity": "x", "parameters": {HTML: HTML}})
     write_json(run / "done.json", {"identity": "x", "seconds": 1.0, "finished": ""})
     pages = [path for path in write_tables([out], out / "tables") if path.suffix == ".html"]
     site.write_site(out)
@@ -273,7 +278,8 @@ def test_no_name_reaches_a_shell(tmp_path, monkeypatch):
     evil = "it's $(touch executed) `touch executed`; touch executed & \"x\" #"
     engine = SbatchEngine(tmp_path / evil, device=evil, comment=evil, partition="a b'c")
     engine.submit([tmp_path / evil / "runs" / evil])
-    assert (tmp_path / "task.txt").read_text() == f"adiff: {tmp_path / evil / 'runs' / evil}: no run.json here, so there is nothing to run; adiff reproduce writes it\n"
+    said = f"adiff: {tmp_path / evil / 'runs' / evil}: no run.json here, so there is nothing to run; adiff reproduce writes it\n"
+    assert (tmp_path / "task.txt").read_text() == said
     assert not list(tmp_path.rglob("executed"))
 
 

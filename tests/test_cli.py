@@ -142,7 +142,8 @@ def test_quiet_and_json(data, run, tmp_path):
 def test_shells_complete_names(data):
     assert set(_methods) == {*METHODS} and set(_presets) == {name for method in METHODS.values() for name in method.presets}
     def completed(words, position):
-        return adiff(env={**os.environ, "_ADIFF_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(position)}).stdout.split()
+        return adiff(env={**os.environ, "_ADIFF_COMPLETE": "bash_complete", "COMP_WORDS": words,
+                          "COMP_CWORD": str(position)}).stdout.split()
 
     assert completed("adiff det", 1) == ["plain,detect"]
     assert completed("adiff fit deco --preset cpu-", 4) == ["plain,cpu-taef2"]

@@ -25,18 +25,22 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attributes):
         values = dict(attributes)
         self.ids.update(filter(None, [values.get("id"), values.get("name") if tag == "a" else None]))
-        if tag == "dt": self.signature = values.get("id")
+        if tag == "dt":
+            self.signature = values.get("id")
         if tag == "a" and "href" in values:
             self.links.append(values["href"])
-            if "notebook-link" in (values.get("class") or ""): self.notebook[self.signature] = values["href"]
+            if "notebook-link" in (values.get("class") or ""):
+                self.notebook[self.signature] = values["href"]
         self.loads += [values[key] for key in ("src", "data", "poster") if values.get(key)]
-        if tag == "link" and values.get("rel") in ("stylesheet", "preload", "icon"): self.loads.append(values["href"])
+        if tag == "link" and values.get("rel") in ("stylesheet", "preload", "icon"):
+            self.loads.append(values["href"])
 
 
 @pytest.fixture(scope="session")
 def site(repository, tmp_path_factory):
     missing = [name for name in NEEDS if not find_spec(name)]
-    if missing: pytest.skip(f"needs {', '.join(missing)}: pip install -c constraints.txt -e '.[docs]'")
+    if missing:
+        pytest.skip(f"needs {', '.join(missing)}: pip install -c constraints.txt -e '.[docs]'")
     out = tmp_path_factory.mktemp("docs")
     built = subprocess.run([sys.executable, repository / "nbs/_site/build.py", out], cwd=out, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr[-3000:]
@@ -51,7 +55,8 @@ def pages(site):
 def public_names(repository):
     "Module -> names in its __all__, read without importing."
     for path in sorted((repository / "adiff").glob("*.py")):
-        if path.stem == "_modidx": continue
+        if path.stem == "_modidx":
+            continue
         names = next(node.value for node in ast.parse(path.read_text(encoding="utf-8")).body
                      if isinstance(node, ast.Assign) and node.targets[0].id == "__all__")
         yield "adiff" if path.stem == "__init__" else f"adiff.{path.stem}", ast.literal_eval(names)
@@ -59,7 +64,8 @@ def public_names(repository):
 
 def test_every_notebook_has_a_page_without_directives(repository, site):
     for path in (repository / "nbs").rglob("*.ipynb"):
-        if any(part.startswith((".", "_")) for part in path.relative_to(repository).parts): continue
+        if any(part.startswith((".", "_")) for part in path.relative_to(repository).parts):
+            continue
         page = (site / path.relative_to(repository / "nbs")).with_suffix(".html")
         assert page.is_file(), path.name
         assert not re.search(r'<span class="c1">#\|', page.read_text(encoding="utf-8")), path.name
@@ -80,16 +86,20 @@ def test_no_link_is_broken_and_nothing_comes_from_elsewhere(site, pages):
     broken, foreign = [], []
     for name, page in pages.items():
         for link in [*page.links, *page.loads]:
-            if re.match(r"data:|mailto:", link): continue
+            if re.match(r"data:|mailto:", link):
+                continue
             if re.match(r"(\w+:)?//", link):
-                if link in page.loads: foreign.append((name, link))
+                if link in page.loads:
+                    foreign.append((name, link))
                 continue
             path, _, fragment = unquote(link).partition("#")
             path = path.partition("?")[0]
             target = (site / name).parent / path if path else site / name
-            if not target.is_file(): broken.append((name, link))
+            if not target.is_file():
+                broken.append((name, link))
             elif fragment and target.suffix == ".html":
-                if fragment not in pages[target.resolve().relative_to(site.resolve()).as_posix()].ids: broken.append((name, link))
+                if fragment not in pages[target.resolve().relative_to(site.resolve()).as_posix()].ids:
+                    broken.append((name, link))
     for path in site.rglob("*.css"):
         foreign += re.findall(r"""(?:url\(|@import)\s*['"]?(?:https?:)?//[^)'"]*""", path.read_text(encoding="utf-8"))
     assert (broken, foreign) == ([], [])
@@ -105,7 +115,8 @@ def test_formulas_are_drawn_from_disk(site, tmp_path):
     text = page.read_text(encoding="utf-8")
     assert text.count(r"\[") >= 4 and "tex-svg-full.js" in text
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if not browser: pytest.skip("needs chromium to see the formulas drawn")
+    if not browser:
+        pytest.skip("needs chromium to see the formulas drawn")
     shown = subprocess.run([browser, "--headless", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND",
                             f"--user-data-dir={tmp_path}", "--virtual-time-budget=20000", "--dump-dom", page.as_uri()],
                            capture_output=True, text=True, timeout=120).stdout

@@ -114,7 +114,8 @@ def test_a_gpu_that_torch_cannot_use_and_one_that_it_can(tmp_path, monkeypatch):
 
 
 def test_text_and_json_say_the_same():
-    findings = [Finding("torch", "ok", "2.0"), Finding("GPU", "missing", "none", "slow", "wait"), Finding("disk", "error", "full", "no runs", "make room")]
+    findings = [Finding("torch", "ok", "2.0"), Finding("GPU", "missing", "none", "slow", "wait"),
+                Finding("disk", "error", "full", "no runs", "make room")]
     text = findings_text(findings)
     assert not works(findings) and works(findings[:2])
     assert "cannot work" in text and "1 error" in text and "means: no runs" in text and "to do: make room" in text

@@ -23,7 +23,7 @@ from adiff.data import Protocol, read_dataset
 from adiff.demo_data import make_demo_data
 from adiff.demo_sounds import make_demo_sounds
 from adiff.experiment import evaluate, fit
-from adiff.training import LatentCache, TrainingLatents, latent_settings
+from adiff.training import LatentCache, TrainingLatents
 
 OVERRIDES = {"image_size": 32, "wavelet_levels": 2, "length": 6, "batch_size": 4, "augmentations": []}
 
@@ -61,14 +61,16 @@ MOMENT = json.dumps({"length": 4, "batch_size": 4, "augmentations": []})
 
 def test_adiff_on_images(repository, tmp_path):
     data = make_demo_data(tmp_path / "demo", categories=("brick", "cup"), train=6, good=2, per_defect=1)
-    notebook = execute(repository, tmp_path, "adiff_image", data_root=str(data), out_dir=str(tmp_path / "runs"), device="cpu", overrides=MOMENT)
+    notebook = execute(repository, tmp_path, "adiff_image", data_root=str(data), out_dir=str(tmp_path / "runs"), device="cpu",
+                       overrides=MOMENT)
     assert set(json.loads((tmp_path / "runs/metrics.json").read_text())["categories"]) == {"brick", "cup"}
     assert (tmp_path / "runs/brick/report.html").exists() and len(pictures(notebook)) >= 6
 
 
 def test_adiff_on_sounds(repository, tmp_path):
     data = make_demo_sounds(tmp_path / "demo", train=6, good=2, per_fault=1)
-    notebook = execute(repository, tmp_path, "adiff_audio", data_root=str(data), out_dir=str(tmp_path / "run"), device="cpu", overrides=MOMENT)
+    notebook = execute(repository, tmp_path, "adiff_audio", data_root=str(data), out_dir=str(tmp_path / "run"), device="cpu",
+                       overrides=MOMENT)
     assert json.loads((tmp_path / "run/metrics.json").read_text())["kind"] == "sound"
     players = [output for output in pictures(notebook, "text/html") if "<audio" in "".join(output["data"]["text/html"])]
     assert len(players) == 3 and len(pictures(notebook)) >= 4
@@ -121,7 +123,8 @@ def cup(tmp_path_factory):
 def kl_detector(dataset):
     "A detector whose codec convolves, and has a posterior to draw from."
     torch.manual_seed(0)
-    codec = KLCodec(dict(block_out_channels=[16, 16, 32, 32], norm_num_groups=4, layers_per_block=1, down_block_types=["DownEncoderBlock2D"] * 4,
+    codec = KLCodec(dict(block_out_channels=[16, 16, 32, 32], norm_num_groups=4, layers_per_block=1,
+                         down_block_types=["DownEncoderBlock2D"] * 4,
                          up_block_types=["UpDecoderBlock2D"] * 4)).eval()
     return AnomalyDetector(codec, None, None, None, ReconstructionErrorDiscrepancy(), categories=dataset.categories, image_size=64)
 

@@ -39,7 +39,8 @@ def deco(codec, levels, categories=("normal",), steps=1, **options):
 
 def adiff(codec, discrepancy, size, widths=(1, 2), seeds=1, steps=1, **options):
     network = MultiScaleUNet(codec.latent_channels, 8, widths, attention_levels=(len(widths) - 1,), layers_per_block=1, head_channels=8)
-    correction = PartialNoisingCorrection(prediction_type="v_prediction", strength=0.3, num_inference_steps=steps, num_seeds=seeds, noise="simplex", seed=5)
+    correction = PartialNoisingCorrection(prediction_type="v_prediction", strength=0.3, num_inference_steps=steps, num_seeds=seeds,
+                                          noise="simplex", seed=5)
     return AnomalyDetector(codec, GaussianForwardProcess(prediction_type="v_prediction"), network, correction, discrepancy,
                            image_size=size, **options)
 
@@ -54,7 +55,8 @@ DETECTORS = {  # name -> a function that builds a small detector
     "deco, taef2": lambda: deco(load_codec("taef2"), ("pixel", "latent")),
     "deco, sounds": lambda: deco(WaveletCodec(image_channels=1), ("pixel", "latent"), steps=2, protocol=LogMel(size=64, seconds=2.0)),
     "adiff": lambda: adiff(WaveletCodec(), SemanticDiscrepancy.pretrained(input_size=64), 64, top_share=0.01),
-    "adiff, sounds": lambda: adiff(WaveletCodec(image_channels=1), SemanticDiscrepancy("unet"), 64, (1,), protocol=LogMel(size=64, seconds=2.0)),
+    "adiff, sounds": lambda: adiff(WaveletCodec(image_channels=1), SemanticDiscrepancy("unet"), 64, (1,),
+                                   protocol=LogMel(size=64, seconds=2.0)),
     "ddpm": lambda: adiff(PixelCodec(0), SemanticDiscrepancy(semantic_weight=0.0, scales=(1,)), 32, (1,), 2, 2, protocol="full_frame"),
     "autoencoder": autoencoder,
 }
@@ -138,7 +140,8 @@ def test_thirty_lines_without_torch(exported, repository, tmp_path, category):
     exif = Image.Exif()
     exif[0x0112] = 6  # lies on its side
     Image.fromarray(skimage.data.coffee()).save(picture, exif=exif)
-    result = subprocess.run([sys.executable, "-c", EXAMPLE, script, exported / "line/detector.onnx", picture, tmp_path / "found.png", category],
+    result = subprocess.run([sys.executable, "-c", EXAMPLE, script, exported / "line/detector.onnx", picture, tmp_path / "found.png",
+                             category],
                             capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     (word, score, verdict), torch_imported = (line.split() for line in result.stdout.splitlines())
@@ -182,7 +185,8 @@ def test_what_cannot_be_a_graph_is_refused(tmp_path):
     codec = FeatureCodec.pretrained(depths=(4, 10))
     knn = AnomalyDetector(codec, None, None, None, NearestNeighborDiscrepancy(codec.latent_channels, 20), image_size=64)
     knn.discrepancy.fit([torch.randn(2, codec.latent_channels, 8, 8)])
-    svm = AnomalyDetector(PixelCodec(0, 1), None, None, None, PooledStatisticsDiscrepancy(rows=64), image_size=64, protocol=LogMel(size=64, seconds=2.0))
+    svm = AnomalyDetector(PixelCodec(0, 1), None, None, None, PooledStatisticsDiscrepancy(rows=64), image_size=64,
+                          protocol=LogMel(size=64, seconds=2.0))
     svm.discrepancy.fit([torch.randn(9, 1, 64, 64)])
     for detector in (knn, svm):
         with pytest.raises(InputError, match=f"{type(detector.discrepancy).__name__} cannot be written as a graph") as refusal:
@@ -235,7 +239,8 @@ class StandIn(BaseHTTPRequestHandler):
                 self.repositories[name], exists = {}, 200
             self.answer({"url": f"http://{self.headers['Host']}/{name}", "name": name}, exists)
         elif address[4] == "preupload":
-            self.answer({"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]]})
+            self.answer({"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                                   for file in json.loads(body)["files"]]})
         elif address[4] == "commit":
             name = "/".join(address[2:4])
             for line in map(json.loads, body.splitlines()):
@@ -251,13 +256,15 @@ class StandIn(BaseHTTPRequestHandler):
         if files is None:
             return
         if address[0] == "api" and "tree" in address:
-            self.answer([{"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()} for path, content in files.items()])
+            self.answer([{"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()} for path,
+                         content in files.items()])
         elif address[0] == "api":
             self.answer({"id": name, "modelId": name, "sha": commit, "siblings": [{"rfilename": path} for path in files], "tags": []})
         elif (path := "/".join(address[4:])) in files:
             self.answer(body=files[path], ETag=f'"{hashlib.sha1(files[path]).hexdigest()}"', X_Repo_Commit=commit)
         else:
-            self.answer({"error": "Entry not found"}, 404, X_Error_Code="EntryNotFound", X_Error_Message="Entry not found", X_Repo_Commit=commit)
+            self.answer({"error": "Entry not found"}, 404, X_Error_Code="EntryNotFound", X_Error_Message="Entry not found",
+                        X_Repo_Commit=commit)
 
     do_HEAD = do_GET
 
@@ -282,7 +289,8 @@ for act in (lambda: before.push_to_hub("no/such/name"), lambda: before.push_to_h
 
 
 def test_to_the_hub_and_back(exported, tmp_path):
-    for name, content in (("config.json", {"method": "deco", "preset": "cpu", "seed": 0, "dataset": {"name": "photographs", "fingerprint": "0123"}}),
+    for name, content in (("config.json",
+                           {"method": "deco", "preset": "cpu", "seed": 0, "dataset": {"name": "photographs", "fingerprint": "0123"}}),
                           ("metrics.json", {"categories": {"brick": {"image_auroc": 0.875, "aupro": None, "n_test": 4}},
                                             "mean": {"image_auroc": 0.875, "aupro": None, "n_test": 4}, "notes": ["a note"]})):
         (exported / name).write_text(json.dumps(content))
@@ -303,6 +311,7 @@ def test_to_the_hub_and_back(exported, tmp_path):
     files = StandIn.repositories["somebody/brick-and-coffee"]
     assert {"model_index.json", "README.md", "network/diffusion_pytorch_model.safetensors"} <= set(files)
     card = files["README.md"].decode()  # of the first time: one that is there already stays
-    for words in ("library_name: adiff", "method deco", "data photographs", "brick, coffee", "| image_auroc |\n|---|---|\n| brick | 87.5 |", "- a note",
+    for words in ("library_name: adiff", "method deco", "data photographs", "brick, coffee", "| image_auroc |\n|---|---|\n| brick | 87.5 |",
+                  "- a note",
                   "licence of the training data is not known", "protocol official"):
         assert words in card, card

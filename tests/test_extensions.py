@@ -32,7 +32,8 @@ def install(site, package, modules, entry_points):
 def examples(repository):
     "The packages in CONTRIBUTING.md: (file name, its text, the parsed pyproject.toml)."
     blocks = re.findall(r"^```(python|toml)\n# (\S+)\n(.*?)^```", (repository / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.M | re.S)
-    assert [kind for kind, *_ in blocks] == ["python", "toml"] * 3 and {name for kind, name, _ in blocks if kind == "toml"} == {"pyproject.toml"}
+    assert [kind for kind, *_ in blocks] == ["python", "toml"] * 3 and {name for kind, name,
+                                                                        _ in blocks if kind == "toml"} == {"pyproject.toml"}
     return [(name, text, tomllib.loads(settings)) for (_, name, text), (_, _, settings) in zip(blocks[::2], blocks[1::2])]
 
 
@@ -81,7 +82,8 @@ def run(child, line, tmp_path_factory):
     "A run folder, made, evaluated and used for detection by commands that know all three by name."
     run = tmp_path_factory.mktemp("runs") / "run"
     overrides = json.dumps(TINY)
-    succeeded(child("adiff", "fit", "deco-mirrored", line, "--out", run, "--categories", "brick", "--device", "cpu", "--overrides", overrides))
+    succeeded(child("adiff", "fit", "deco-mirrored", line, "--out", run, "--categories", "brick", "--device", "cpu", "--overrides",
+                    overrides))
     succeeded(child("adiff", "evaluate", run, "--device", "cpu"))
     pictures = sorted(line.glob("brick_test_hole*"))
     succeeded(child("adiff", "detect", run / "model", *pictures, "--out", run / "detections", "--device", "cpu"))
@@ -164,7 +166,7 @@ def one_line(result):
 
 
 def test_bad_packages_are_named_in_one_line(child, line, tmp_path):
-    rude, twin = tmp_path / "rude", tmp_path / "twin"
+    rude = tmp_path / "rude"
     install(rude, "rude", {"rude.py": "raise OSError('no\\nluck')", "plain.py": "made = {}"},
             {"adiff.methods": {"deco": "plain:made", "rude": "rude:made", "plain": "plain:made", "gone": "plain:gone"},
              "adiff.codecs": {"opponent": "plain:made"}})

@@ -28,7 +28,8 @@ from adiff.matrix import matrices_folder
 from adiff.training import CHECKPOINT_PARTS, load_checkpoint, save_checkpoint
 
 LONG = os.environ.get("ADIFF_FAULTS") == "long"
-SMALL = {"image_size": 32, "wavelet_levels": 2, "channel_multipliers": [1], "attention_levels": [], "wavelet_sampling": False, "scales": [1],
+SMALL = {"image_size": 32, "wavelet_levels": 2, "channel_multipliers": [1], "attention_levels": [], "wavelet_sampling": False,
+         "scales": [1],
          "semantic_weight": 0.0, "num_seeds": 1, "num_inference_steps": 1, "length": 40, "batch_size": 4, "gradient_accumulation_steps": 1,
          "checkpoint_every": 5, "validate_every": 15, "ema_decay": 0.9, "dropout": 0.1, "augmentations": ["translate"]}
 TIMES = ("train_seconds", "seconds_per_image", "peak_memory_mb")
@@ -123,7 +124,8 @@ def until(there, child=None, seconds=600):
 # ---- runs
 
 def fit_command(data, out, method="adiff", **overrides):
-    return ["fit", method, data, "--out", out, "--categories", "brick", "--device", "cpu", "--overrides", json.dumps({**SMALL, **overrides})]
+    return ["fit", method, data, "--out", out, "--categories", "brick", "--device", "cpu", "--overrides",
+            json.dumps({**SMALL, **overrides})]
 
 
 def files_of(folder):
@@ -166,7 +168,8 @@ def same(run, reference):
 
 def tidy(folder):
     "Whether a killed process has left nothing in `folder`."
-    return not [path for path in Path(folder).rglob(".*") if ".tmp-" in path.name or path.name in (".evaluating", ".latents", ".lock", ".run")]
+    return not [path
+                for path in Path(folder).rglob(".*") if ".tmp-" in path.name or path.name in (".evaluating", ".latents", ".lock", ".run")]
 
 
 @pytest.fixture(scope="module")
@@ -205,11 +208,12 @@ def test_killed_at_random_moments(data, whole, start, tmp_path, record_property)
 
 
 def write_matrix(folder, methods):
-    small = {key: value for key, value in SMALL.items() if key in ("image_size", "wavelet_levels", "batch_size", "checkpoint_every", "length")}
+    small = {key: value for key,
+             value in SMALL.items() if key in ("image_size", "wavelet_levels", "batch_size", "checkpoint_every", "length")}
     overrides = {method: json.dumps(SMALL if method == "adiff" else {**small, "length": 8}) for method in methods}
     made = "{make: demo_images, options: {categories: [brick], train: 10, good: 3, per_defect: 1}}"
-    groups = "".join(f"  {method}:\n    notebook: {matrices_folder().parent / 'method.ipynb'}\n    parameters: {{data_root: images, method: {method}, "
-                     f"overrides: {overrides[method]}}}\n" for method in methods)
+    groups = "".join(f"  {method}:\n    notebook: {matrices_folder().parent / 'method.ipynb'}\n    parameters: "
+                     f"{{data_root: images, method: {method}, overrides: {overrides[method]}}}\n" for method in methods)
     (folder / "small.yaml").write_text(f"description: small\ndatasets:\n  images: {made}\ngroups:\n{groups}")
     return folder / "small.yaml"
 
@@ -236,7 +240,8 @@ def test_a_matrix_is_stopped_and_killed(whole, start, finish, tmp_path, record_p
     finish(*command)
     for method in set(methods) - set(alone):
         overrides = json.loads(next(out.glob(f"runs/{method}*/config.json")).read_text())["overrides"]
-        finish("fit", method, out / "data/images", "--out", tmp_path / method, "--device", "cpu", "--each", "--overrides", json.dumps(overrides))
+        finish("fit", method, out / "data/images", "--out", tmp_path / method, "--device", "cpu", "--each", "--overrides",
+               json.dumps(overrides))
         alone[method] = results(tmp_path / method)
     equal = sum(same(next(out.glob(f"runs/{method}*")), alone[method]) for method in methods)
     record_property("matrix", {"kills survived": kills, "runs": len(methods), "bit-equal": equal})
@@ -324,7 +329,7 @@ def test_every_damage_is_noticed(tmp_path, caplog):
         save_checkpoint(tmp_path, step, **parts)
     newest = tmp_path / "step_00000002.pt"
     content, noticed = newest.read_bytes(), 0
-    for name, damage in DAMAGES.items():
+    for damage in DAMAGES.values():
         newest.write_bytes(damage(content))
         caplog.clear()
         noticed += load_checkpoint(tmp_path)["step"] == 1 and str(newest) in caplog.text
@@ -372,7 +377,8 @@ def test_an_older_run_goes_on_though_keys_have_come_since(whole, tmp_path):
 def test_a_diverging_training_keeps_its_last_good_checkpoint(data, finish, tmp_path):
     wild = fit_command(data, tmp_path / "run", learning_rate=1e30, warmup=3, unit="steps", checkpoint_every=2, gradient_clip=None)
     said = line(finish(*wild, code=2))
-    assert "at step" in said and "try a lower learning_rate or gradient_clip 1.0, in another out_dir (the last checkpoint is kept here)" in said
+    advice = "try a lower learning_rate or gradient_clip 1.0, in another out_dir (the last checkpoint is kept here)"
+    assert "at step" in said and advice in said
     checkpoints = sorted((tmp_path / "run/checkpoints").glob("*"))
     assert checkpoints and not (tmp_path / "run/model").exists()
     for path in checkpoints:
@@ -483,7 +489,8 @@ def test_read_only_output(data, whole, finish, tmp_path):
 def test_two_processes_on_one_run(data, whole, start, finish, tmp_path):
     "While one trains or evaluates, here held still by SIGSTOP, others are refused; then it goes on as if nothing had been."
     out = tmp_path / "run"
-    for first, there in (([*fit_command(data, out), "--each"], "checkpoints/step_*.pt"), (["evaluate", out, "--device", "cpu"], ".evaluating")):
+    for first, there in (([*fit_command(data, out), "--each"], "checkpoints/step_*.pt"),
+                         (["evaluate", out, "--device", "cpu"], ".evaluating")):
         child = start(*first)
         until(lambda: list(out.glob(there)), child)
         os.kill(child.pid, signal.SIGSTOP)

@@ -32,7 +32,8 @@ def out(tmp_path_factory, one_thread):
             run = folder / "runs" / f"{kind}-{number}"
             if number:
                 shutil.copytree(real, run, ignore=shutil.ignore_patterns("model", "checkpoints", "figures"))
-                worse = {name: {**found, "image_auroc": found["image_auroc"] * (1 - 0.02 * number)} for name, found in metrics["categories"].items()}
+                worse = {name: {**found, "image_auroc": found["image_auroc"] * (1 - 0.02 * number)} for name,
+                         found in metrics["categories"].items()}
                 write_json(run / "metrics.json", {**metrics, "categories": worse, "seed": seed, "network_calls": float(number)})
             listed.append({"label": f"{variant} {kind} {seed}", "folder": f"runs/{run.name}", "identity": str(len(listed)), "group": kind,
                            "axes": {"part": variant, "seed": str(seed)}})
@@ -43,7 +44,8 @@ def out(tmp_path_factory, one_thread):
 
 
 def execute(repository, folder, **parameters):
-    papermill.execute_notebook(repository / "nbs/experiments/figures.ipynb", folder / "out.ipynb", parameters=parameters, progress_bar=False)
+    papermill.execute_notebook(repository / "nbs/experiments/figures.ipynb", folder / "out.ipynb", parameters=parameters,
+                               progress_bar=False)
     return json.loads((folder / "out.ipynb").read_text())
 
 
@@ -51,7 +53,8 @@ def test_figures_of_a_matrix(repository, tmp_path, out):
     notebook = execute(repository, tmp_path, runs=str(out), out_dir=str(tmp_path / "figures"))
     found = {path.name for path in (tmp_path / "figures").iterdir()}
     expected = {"qualitative_images", "ablation_images", "cost_images", "gaps_images", "gaps_pixel_ap_images", "roc_images", "pro_images",
-                "histograms_images", "qualitative_sounds", "sounds_sounds", "ablation_sounds", "cost_sounds", "roc_sounds", "histograms_sounds"}
+                "histograms_images", "qualitative_sounds", "sounds_sounds", "ablation_sounds", "cost_sounds", "roc_sounds",
+                "histograms_sounds"}
     assert found == {name + suffix for name in expected for suffix in (".png", ".svg", ".txt")}
     assert all(path.read_text().startswith(path.stem.rsplit("_")[-1]) for path in (tmp_path / "figures").glob("*.txt"))
     assert "standard deviation over 2 seeds" in (tmp_path / "figures/ablation_images.txt").read_text()

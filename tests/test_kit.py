@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -61,3 +62,19 @@ def test_constraints_pin_what_is_installed(repository):
     assert all(re.fullmatch(r"[\w.-]+==[\w.+]+", line) for line in lines)
     pinned = {line.split("==")[0].lower().replace("_", "-") for line in lines}
     assert {name.replace("_", "-") for name in settings(repository)["requirements"].split()} <= pinned
+
+
+def test_ruff_has_nothing_to_say(repository):
+    if not find_spec("ruff"):
+        pytest.skip("needs ruff: pip install -c constraints.txt -e '.[dev]'")
+    found = subprocess.run([sys.executable, "-m", "ruff", "check", "adiff", "data_scripts", "tests"], cwd=repository, capture_output=True,
+                           text=True)
+    assert found.returncode == 0, found.stdout + found.stderr
+
+
+def test_types_fit(repository):
+    if not find_spec("mypy"):
+        pytest.skip("needs mypy: pip install -c constraints.txt -e '.[dev]'")
+    found = subprocess.run([sys.executable, "-m", "mypy"], cwd=repository, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert (repository / "adiff/py.typed").exists()  # so that they count where adiff is installed

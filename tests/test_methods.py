@@ -43,7 +43,8 @@ def test_every_method_on_sounds(sounds, tmp_path, method):
     files = sorted((sounds / "pump/test/knock").iterdir())
     again = AnomalyDetector.from_pretrained(tmp_path / "run/model")
     assert np.allclose(detector(files).scores, again(files).scores, rtol=1e-4, atol=1e-5)
-    assert {"config.json", "metrics.json", "scores.csv", "log.jsonl", "figures", "model"} <= {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"config.json", "metrics.json", "scores.csv", "log.jsonl", "figures",
+            "model"} <= {path.name for path in (tmp_path / "run").iterdir()}
 
 
 @pytest.mark.parametrize("method", sorted(set(METHODS) - SOUNDS_ONLY - {"deco"}))
@@ -86,7 +87,8 @@ def test_normalisation_and_threshold_come_from_held_out_normals(images, tmp_path
     assert fitted[0].config.calibration == fitted[1].config.calibration
 
 
-@pytest.mark.parametrize("keys", [{"semantic_extractor": "unet"}, {"semantic_weight": 0.0}, {"prediction_type": "epsilon", "min_snr_gamma": 5.0},
+@pytest.mark.parametrize("keys",
+                         [{"semantic_extractor": "unet"}, {"semantic_weight": 0.0}, {"prediction_type": "epsilon", "min_snr_gamma": 5.0},
                                   {"beta_schedule": "squaredcos_cap_v2"}, {"wavelet": "db2", "noise": "simplex"}, {"top_share": 0.01}])
 def test_adiff_switches(sounds, tmp_path, keys):
     fit("adiff", sounds, tmp_path / "run", device="cpu", overrides={**MOMENT, **keys})

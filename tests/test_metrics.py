@@ -246,7 +246,8 @@ def test_ranges_of_scores_change_nothing(monkeypatch, held, kind, values):
     maps = (maps / 7 - 20 if kind[0] == "f" else maps - 20 * (kind[0] == "i")).astype(kind)
     flat = masks.ravel(), maps.ravel().astype(float)
     limit = rng.uniform(0.01, 1)
-    expected = [reference.roc_auc_score(*flat), reference.average_precision_score(*flat), f1_max(*flat), brute_force_aupro(masks, maps, 0.3)]
+    expected = [reference.roc_auc_score(*flat), reference.average_precision_score(*flat), f1_max(*flat),
+                brute_force_aupro(masks, maps, 0.3)]
     whole = metrics.pro_curve(masks, maps), metrics.pixel_counts(masks, maps)
     monkeypatch.setattr(metrics, "_held", held)
     for given in ((masks, maps), (Lazy(masks), Lazy(maps))):

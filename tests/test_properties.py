@@ -1,4 +1,7 @@
-"""What must hold for any input: loaders, wavelets, the masks of the forward process, metrics, sounds and tables. Hypothesis looks for what breaks it."""
+"""What must hold for any input: loaders, wavelets, the masks of the forward process, metrics, sounds and tables.
+
+Hypothesis looks for what breaks it.
+"""
 import csv
 import io
 import math
@@ -37,7 +40,8 @@ def noise(shape, seed, dtype=torch.float32):
 
 # ---- pictures
 
-MODES = {"1": bool, "L": np.uint8, "LA": np.uint8, "P": np.uint8, "RGB": np.uint8, "RGBA": np.uint8, "CMYK": np.uint8, "YCbCr": np.uint8, "LAB": np.uint8,
+MODES = {"1": bool, "L": np.uint8, "LA": np.uint8, "P": np.uint8, "RGB": np.uint8, "RGBA": np.uint8, "CMYK": np.uint8, "YCbCr": np.uint8,
+         "LAB": np.uint8,
          "HSV": np.uint8, "I": np.int32, "I;16": np.uint16, "F": np.float32}
 
 
@@ -84,7 +88,8 @@ def test_any_array_becomes_a_picture_or_is_refused(values):
         assert np.array_equal(np.asarray(rgb)[..., 0], values)
 
 
-@given(st.binary(max_size=300), st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"GIF89a", b"II*\0", b"BM", b"RIFF\0\0\0\0WEBP"]))
+@given(st.binary(max_size=300),
+       st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"GIF89a", b"II*\0", b"BM", b"RIFF\0\0\0\0WEBP"]))
 def test_any_bytes_are_a_picture_or_refused(tmp_path, content, start):
     (tmp_path / "x.png").write_bytes(start + content)
     try:
@@ -301,7 +306,8 @@ def test_pixel_metrics_are_their_definitions(made, limit):
     assert found["pixel_ap"] == pytest.approx(reference.average_precision_score(masks.ravel(), maps.ravel()))
     assert metrics.aupro(masks, maps, limit) == pytest.approx(brute_force_aupro(masks, maps, limit), abs=1e-9)
     fpr, pro = metrics.pro_curve(masks, maps)
-    assert (np.diff(fpr) >= 0).all() and (np.diff(pro) >= -1e-12).all() and (fpr[0], pro[0]) == (0, 0) and (fpr[-1], pro[-1]) == pytest.approx((1, 1))
+    assert (np.diff(fpr) >= 0).all() and (np.diff(pro) >= -1e-12).all()
+    assert (fpr[0], pro[0]) == (0, 0) and (fpr[-1], pro[-1]) == pytest.approx((1, 1))
     assert metrics.area_up_to(fpr, pro, limit) == pytest.approx(metrics.aupro(masks, maps, limit), abs=1e-9)
 
 
@@ -330,7 +336,8 @@ def test_counts_of_tiny_maps_are_exact(made):
 # ---- sounds
 
 
-@given(st.integers(1, 3), st.floats(0.0001, 2), st.sampled_from([8000, 16000, 22050, 44100, 48000, 11025, 96000, 7919]), st.floats(0, 1), SEEDS)
+@given(st.integers(1, 3), st.floats(0.0001, 2), st.sampled_from([8000, 16000, 22050, 44100, 48000, 11025, 96000, 7919]), st.floats(0, 1),
+       SEEDS)
 @settings(max_examples=25)
 def test_any_sound_becomes_a_finite_picture(channels, seconds, rate, loudness, seed):
     samples = np.random.default_rng(seed).uniform(-loudness, loudness, (max(channels, math.ceil(seconds * rate)), channels))
@@ -380,7 +387,9 @@ def test_split_tables_say_what_was_written(tmp_path_factory, rows):
 
 
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(
-    st.characters(codec="utf-8")), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(st.characters(codec="utf-8"), max_size=5), inner, max_size=3), max_leaves=8)
+    st.characters(codec="utf-8")),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(st.characters(codec="utf-8"), max_size=5), inner, max_size=3),
+    max_leaves=8)
 
 
 @given(JSON)

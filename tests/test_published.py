@@ -79,7 +79,7 @@ def test_categories(published):
 
 def test_categories_average_to_the_printed_mean_but_where_the_source_does_not(published):
     cells = published[published["category"] != "mean"].copy()
-    for (method, dataset, category, metric), (printed, meant) in MISPRINTS.items():
+    for (method, dataset, category, metric), (printed, meant) in MISPRINTS.items():  # noqa: B007  the query names them
         here = cells.eval("method == @method and dataset == @dataset and category == @category and metric == @metric")
         assert cells.loc[here, "value"].tolist() == [printed]
         assert f"must be {meant}" in cells.loc[here, "note"].item()

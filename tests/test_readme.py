@@ -82,7 +82,8 @@ def test_benchmark_commands_are_understood(repository):
 def test_matrices_plan(repository, workplace):
     "Every reproduce command of the README plans its runs; where they would be carried out is left to test_reproduce.py."
     commands = [command for command in adiff_commands(repository) if command[0] == "reproduce"]
-    assert len(commands) >= 9 and {"demo", "deco_mvtec", "ablation_deco", "ablation_adiff", "baselines"} <= {command[1] for command in commands}
+    assert len(commands) >= 9 and {"demo", "deco_mvtec", "ablation_deco", "ablation_adiff",
+                                   "baselines"} <= {command[1] for command in commands}
     for command in commands:
         here = [part.replace("/datasets/", "data/") for part in command if part != "--dry-run"]
         if command[1] == "deco_mvtec":

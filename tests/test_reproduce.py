@@ -24,7 +24,8 @@ MOMENT = "{length: 6, batch_size: 4, augmentations: [], checkpoint_every: 2}"
 
 
 def write_notebook(path, parameters, *sources):
-    cells = [{"cell_type": "code", "metadata": {"tags": ["parameters"] * (i == 0)}, "source": source, "execution_count": None, "outputs": []}
+    cells = [{"cell_type": "code", "metadata": {"tags": ["parameters"] * (i == 0)}, "source": source, "execution_count": None,
+              "outputs": []}
              for i, source in enumerate((parameters, *sources))]
     path.write_text(json.dumps({"cells": cells, "metadata": KERNEL, "nbformat": 4, "nbformat_minor": 4}))
 
@@ -203,11 +204,12 @@ def test_planning_and_overhead(tmp_path):
     began = time.perf_counter()
     assert len(plan(tmp_path / "many.yaml")) == 200
     assert time.perf_counter() - began < 2
-    (tmp_path / "few.yaml").write_text(f"groups: {{few: {{notebook: trivial.ipynb, axes: {{x: [0, 1]}}}}}}")
+    (tmp_path / "few.yaml").write_text("groups: {few: {notebook: trivial.ipynb, axes: {x: [0, 1]}}}")
 
     def papermill():
         for x in range(2):
-            subprocess.run([sys.executable, "-m", "papermill", tmp_path / "trivial.ipynb", tmp_path / "out.ipynb", "-p", "x", str(x), "--no-progress-bar"],
+            subprocess.run([sys.executable, "-m", "papermill", tmp_path / "trivial.ipynb", tmp_path / "out.ipynb", "-p", "x", str(x),
+                            "--no-progress-bar"],
                            check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
     planned = plan(tmp_path / "few.yaml")
@@ -233,7 +235,8 @@ def test_planning_and_overhead(tmp_path):
 
 @pytest.mark.parametrize("change, words", [
     (("x: [1", "y: [1"), ["unknown parameter", "'y'"]), (("square.ipynb", "circle.ipynb"), ["circle.ipynb", "no such file"]),
-    (("axes", "axis"), ["axis"]), (("groups:", "groups: ]"), ["YAML"]), (("notebook: square.ipynb", "notebook: broken.ipynb"), ["broken.ipynb"]),
+    (("axes", "axis"), ["axis"]), (("groups:", "groups: ]"), ["YAML"]),
+    (("notebook: square.ipynb", "notebook: broken.ipynb"), ["broken.ipynb"]),
     (("axes:", "parameters: {data_root: d}, axes:"), ["data_root"])])
 def test_what_is_wrong_is_said_before_anything_runs(squares, tmp_path, change, words):
     (tmp_path / "broken.ipynb").write_text("{")
@@ -285,7 +288,8 @@ def test_full_disk(squares, tmp_path):
         pytest.skip("may not mount a small file system here")
     try:
         reproduce(squares, disk / "out", only={"x": ["1"]}, jobs=1)
-        done = {path: path.read_bytes() for path in disk.glob("out/runs/*/*") if path.is_file() and path.suffix in (".json", ".txt", ".ipynb")}
+        done = {path: path.read_bytes()
+                for path in disk.glob("out/runs/*/*") if path.is_file() and path.suffix in (".json", ".txt", ".ipynb")}
         with open(disk / "filler", "wb", buffering=0) as file:
             try:
                 while True:

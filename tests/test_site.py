@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import nbformat
@@ -27,7 +26,8 @@ RUNS = {"good-1": "deco, seed 0", f"{STRANGE}-2": STRANGE, "half-3": "deco, seed
 def matrix(repository, tmp_path_factory):
     "What `adiff reproduce` leaves: a finished run, a failed, a killed, one with a folder per category, one that has not begun."
     folder = tmp_path_factory.mktemp("site") / "out of <it>"
-    runs = [{"label": label, "folder": f"runs/{name}", "identity": name, "group": "images", "axes": {"method": label[:4], "seed": 10 - seed}}
+    runs = [{"label": label, "folder": f"runs/{name}", "identity": name, "group": "images",
+             "axes": {"method": label[:4], "seed": 10 - seed}}
             for seed, (name, label) in enumerate(RUNS.items())]
     write_json(folder / "matrix.json", {"matrix": "tiny", "description": "<i>A</i> test.", "command": "adiff reproduce tiny", "runs": runs})
 
@@ -60,7 +60,8 @@ def matrix(repository, tmp_path_factory):
         shutil.copy(good / name, each / name)
 
     (folder / "tables").mkdir()
-    (folder / "tables/cup.html").write_text('<h3>Cup</h3><table><tr><th>DeCo-Diff</th><td><a href="../runs/good-1/notebook.ipynb">99.1</a></td>'
+    (folder / "tables/cup.html").write_text('<h3>Cup</h3><table><tr><th>DeCo-Diff</th>'
+                                            '<td><a href="../runs/good-1/notebook.ipynb">99.1</a></td>'
                                             '<td><a href="https://example.org/paper">98.0</a></td></tr></table><p>A note.</p>')
     (folder / "tables/results.csv").write_text("value\n0.991\n")
     (folder / "figures").mkdir()
@@ -122,10 +123,11 @@ def test_every_link_leads_somewhere_also_elsewhere(matrix, tmp_path):
     shutil.copytree(matrix, moved)
     shutil.move(matrix, matrix.with_name("away"))
     try:
-        links = [(path, page, tag.get("href") or tag.get("src")) for path, page in pages(moved).items() for tag in page.select("[href], [src]")]
+        links = [(path, page, tag.get("href") or tag.get("src")) for path,
+                 page in pages(moved).items() for tag in page.select("[href], [src]")]
         inner = [(path, page, urlsplit(link)) for path, page, link in links if not link.startswith(("data:", "https://example.org"))]
         assert len(inner) > 30
-        for path, page, link in inner:
+        for path, _, link in inner:
             target = path if not link.path else path.parent / unquote(link.path)
             assert not link.scheme and not link.path.startswith("/") and target.exists(), (path, link)
             assert not link.fragment or has_place(target, link.fragment), (path, link)

@@ -118,7 +118,8 @@ def test_detection_does_not_depend_on_batches(hums, tmp_path, batch_size):
         (folder / path.name).write_bytes(path.read_bytes())
     (folder / "000_text.wav").write_text("not a sound")
     table = detect_files(hums / "run/model", [folder], tmp_path / "out", device="cpu", batch_size=batch_size)
-    assert table.path.tolist() == [str(path) for path in sorted(folder.iterdir())] and (table.error != "").tolist() == [False, True] + [False] * 5
+    assert table.path.tolist() == [str(path) for path in sorted(folder.iterdir())] and (table.error != "").tolist() == [False,
+                                                                                                                        True] + [False] * 5
     good = table[table.error == ""]
     detector = AnomalyDetector.from_pretrained(hums / "run/model")
     assert np.allclose(detector(good.path.tolist()).scores, good.score.astype(float), rtol=1e-6)
@@ -141,8 +142,10 @@ def test_a_sound_that_breaks_off_half_way_has_an_error_and_no_windows(hums, tmp_
     monkeypatch.setattr(LogMel, "load", breaks)
     for name in ("broken.wav", "whole.wav"):
         (tmp_path / name).write_bytes(whole.read_bytes())
-    table = detect_files(hums / "run/model", [tmp_path / "broken.wav", tmp_path / "whole.wav"], tmp_path / "out", device="cpu", batch_size=2)
-    assert table.error.str.contains("breaks off").tolist() == [True, False] and table.overlay[0] == "" and table.score.notna().tolist() == [False, True]
+    table = detect_files(hums / "run/model", [tmp_path / "broken.wav", tmp_path / "whole.wav"], tmp_path / "out", device="cpu",
+                         batch_size=2)
+    assert table.error.str.contains("breaks off").tolist() == [True, False]
+    assert table.overlay[0] == "" and table.score.notna().tolist() == [False, True]
     assert set(pd.read_csv(tmp_path / "out/windows.csv").path) == {str(tmp_path / "whole.wav")}
     with pytest.raises(InputError, match="breaks off"):
         detect_files(hums / "run/model", [tmp_path / "broken.wav"], tmp_path / "none", device="cpu", batch_size=2)
@@ -190,10 +193,12 @@ def test_images_are_drawn_at_their_own_size_whatever_the_batch(cup, tmp_path, mo
     sizes = [(80, 60), (64, 64), (50, 90), (40, 40), (120, 30)]
     (tmp_path / "photos").mkdir()
     for number, size in enumerate(sizes):
-        Image.fromarray(np.random.default_rng(number).integers(0, 255, (*size[::-1], 3), np.uint8)).save(tmp_path / "photos" / f"{number}.png")
+        Image.fromarray(np.random.default_rng(number).integers(0, 255, (*size[::-1], 3),
+                                                               np.uint8)).save(tmp_path / "photos" / f"{number}.png")
     read = []
     monkeypatch.setattr(detection, "read_image", lambda file, read_image=detection.read_image: read.append(file) or read_image(file))
-    tables = [detect_files(cup / "run/model", [tmp_path / "photos"], tmp_path / f"out{size}", device="cpu", batch_size=size) for size in (1, 2, 16)]
+    tables = [detect_files(cup / "run/model", [tmp_path / "photos"], tmp_path / f"out{size}", device="cpu", batch_size=size)
+              for size in (1, 2, 16)]
     assert len(read) == 3 * len(sizes)  # once each
     for table in tables:
         assert [Image.open(tmp_path / "out1" / name).size for name in table.overlay] == sizes

@@ -20,7 +20,8 @@ MOMENT = {"image_size": 32, "wavelet_levels": 2, "length": 2, "batch_size": 2, "
 
 def add_run(out, label, axes, done=True):
     "Lists a run in matrix.json and writes what `adiff reproduce` would beside it."
-    about = read_json(out / "matrix.json") if (out / "matrix.json").exists() else {"matrix": "tiny", "description": "", "command": "", "runs": []}
+    about = read_json(out / "matrix.json") if (out / "matrix.json").exists() else {"matrix": "tiny", "description": "", "command": "",
+                                                                                   "runs": []}
     identity = f"{len(about['runs']):08x}" * 2
     run = {"label": label, "folder": f"runs/{label}-{identity[:8]}", "identity": identity, "axes": axes, "group": "all"}
     folder = out / run["folder"]
@@ -73,8 +74,10 @@ def test_what_evaluation_leaves_behind(out):
             assert value == pytest.approx(found["categories"][category][name], abs=1e-3)
         own = scores[scores.category == category]
         assert ((counts.regions > 0) == (own.label == 1)).all()
-        with np.load(folder / f"examples/{category}.npz") as ours, np.load(out / f"runs/knn-00000002/{category}/examples/{category}.npz") as theirs:
-            assert list(ours["path"]) == list(theirs["path"]) and (ours["picture"] == theirs["picture"]).all() and (ours["mask"] == theirs["mask"]).all()
+        with (np.load(folder / f"examples/{category}.npz") as ours,
+              np.load(out / f"runs/knn-00000002/{category}/examples/{category}.npz") as theirs):
+            assert list(ours["path"]) == list(theirs["path"])
+            assert (ours["picture"] == theirs["picture"]).all() and (ours["mask"] == theirs["mask"]).all()
             assert "reconstruction" in ours and "reconstruction" not in theirs and ours["reconstruction"].shape == ours["picture"].shape
             assert list(ours["label"]) == [0] + [1] * (len(ours["label"]) - 1) and len(set(ours["defect"])) == len(ours["defect"]) <= 6
             assert dict(zip(own.path, own.score.astype("f4")))[str(ours["path"][1])] == pytest.approx(ours["score"][1])
@@ -121,7 +124,8 @@ def test_a_matrix_counts_only_what_it_lists_and_what_is_done(out, tmp_path):
         tables.collect(tmp_path)
 
 
-def synthetic_run(folder, seed=0, method="deco", categories=("a", "b"), shift=1.0, overrides=None, dataset="mvtec_ad", kind="image", notes=(), **one):
+def synthetic_run(folder, seed=0, method="deco", categories=("a", "b"), shift=1.0, overrides=None, dataset="mvtec_ad", kind="image",
+                  notes=(), **one):
     "A run folder with scores drawn at random, without a model."
     rng, rows, found = np.random.default_rng([seed, len(str(folder))]), [], {}
     for category in categories:
@@ -132,8 +136,10 @@ def synthetic_run(folder, seed=0, method="deco", categories=("a", "b"), shift=1.
         found[category] = {**image, **dict.fromkeys(metrics.METRIC_NAMES[3:]), "n_train": 10, "n_test": 40, **one}
         del found[category]["notes"]
     write_json(folder / "config.json", {"dataset": {"categories": list(categories)}})
-    write_json(folder / "metrics.json", {"method": method, "dataset": dataset, "kind": kind, "preset": "cpu", "seed": seed, "categories": found,
-                                         "train_seconds": 1.0, "seconds_per_image": 0.1, "parameters": 5, "peak_memory_mb": 1.0, "notes": list(notes)})
+    write_json(folder / "metrics.json",
+               {"method": method, "dataset": dataset, "kind": kind, "preset": "cpu", "seed": seed, "categories": found,
+                                         "train_seconds": 1.0, "seconds_per_image": 0.1, "parameters": 5, "peak_memory_mb": 1.0,
+                                         "notes": list(notes)})
     pd.concat(rows).to_csv(folder / "scores.csv", index=False)
     return folder
 
@@ -179,8 +185,10 @@ def test_runs_that_nothing_tells_apart_are_not_averaged(tmp_path):
 def test_overview_and_categories(out, tidy):
     made = {table.title: table for table in tables.tables(tidy, tables.read_published())}
     overview = made["demo & <b>, multi-class: all variants"]
-    assert list(overview.frame.columns[:2]) == ["image AUROC", "image AP"] and "±" in overview.frame.iloc[0, 0] and "[" in overview.frame.iloc[0, 0]
-    assert overview.links.iloc[0, 0] == str(out / "runs/deco-seed0-00000000/notebook.ipynb") and set(overview.runs) == {"deco-seed0", "deco-seed1"}
+    assert list(overview.frame.columns[:2]) == ["image AUROC",
+                                                "image AP"] and "±" in overview.frame.iloc[0, 0] and "[" in overview.frame.iloc[0, 0]
+    assert overview.links.iloc[0, 0] == str(out / "runs/deco-seed0-00000000/notebook.ipynb") and set(overview.runs) == {"deco-seed0",
+                                                                                                                        "deco-seed1"}
     assert any("protocol official" in note for note in overview.notes) and sum("held-out" in note for note in overview.notes) == 1
     assert overview.frame.loc["deco, no_thing & 50%", "network calls"] == "1"
     rows = made["demo & <b>, per-category: AUPRO by category"]
@@ -200,7 +208,8 @@ def test_notes_say_of_what_they_hold(tmp_path):
 def test_harmonic_means_of_sounds(tmp_path):
     synthetic_run(tmp_path / "run", kind="sound", dataset="machines")
     overview = tables.tables(tables.collect(tmp_path))[0].frame
-    assert list(overview)[:6] == ["clip AUROC", "clip AP", "clip F1-max", "clip pAUC", "clip AUROC, harmonic mean", "clip pAUC, harmonic mean"]
+    assert list(overview)[:6] == ["clip AUROC", "clip AP", "clip F1-max", "clip pAUC", "clip AUROC, harmonic mean",
+                                  "clip pAUC, harmonic mean"]
 
 
 def published(rows):
@@ -229,7 +238,8 @@ def test_printed_means_count_for_a_whole_dataset(tmp_path):
     tidy = tables.collect(tmp_path)
     made = tables.tables(tidy, theirs)
     (mean,) = (table.frame for table in made if table.title.endswith("against published numbers"))
-    printed = theirs.query("dataset == 'visa' and method == 'DeCo-Diff (HEAD)' and category == 'mean' and metric == 'image_auroc'").value.iloc[0]
+    printed = theirs.query("dataset == 'visa' and method == 'DeCo-Diff (HEAD)' and category == 'mean' and metric "
+                           "== 'image_auroc'").value.iloc[0]
     ours = 100 * tidy[tidy.metric == "image_auroc"].value.mean()
     assert mean.loc["DeCo-Diff (HEAD)", ["image AUROC", "image AUROC gap"]].tolist() == [f"{printed:.1f}", f"{ours - printed:+.1f}"]
 
@@ -288,6 +298,7 @@ def test_markdown_stays_a_table(tidy):
 
 
 def test_tables_are_quick_to_import():
-    code = "import sys, adiff.tables, adiff.metrics; print(json.dumps([name for name in ('torch', 'matplotlib', 'diffusers') if name in sys.modules]))"
+    code = ("import sys, adiff.tables, adiff.metrics; "
+            "print(json.dumps([name for name in ('torch', 'matplotlib', 'diffusers') if name in sys.modules]))")
     printed = subprocess.run([sys.executable, "-c", f"import json\n{code}"], capture_output=True, text=True, check=True).stdout
     assert json.loads(printed) == []
