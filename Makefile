@@ -24,7 +24,7 @@ export: .venv/installed
 	$(BIN)/nbdev-export
 
 faults: .venv/installed
-	ADIFF_FAULTS=long $(BIN)/python -m pytest tests/test_faults.py
+	ADIFF_FAULTS=long $(BIN)/python -m pytest -s tests/test_faults.py
 
 lock: .venv/installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[security]'
