@@ -85,6 +85,10 @@ class Commands(click.Group):
             close_progress()
             click.echo(f"adiff: {error}", err=True)
             context.exit(2)
+        except click.UsageError as error:
+            command = error.ctx.command_path if error.ctx else "adiff"
+            click.echo(f"adiff: {' '.join(error.format_message().split()).rstrip('.')}; see {command} --help", err=True)
+            context.exit(2)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
                 raise
@@ -102,7 +106,7 @@ class Commands(click.Group):
             context.exit(143 if isinstance(stop, Terminated) else 130)
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group("adiff", cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="adiff")
 def main():
     "Diffusion-based anomaly detection: train on normal images, find what deviates."

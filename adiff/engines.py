@@ -358,10 +358,12 @@ class SbatchEngine(Engine):
         super().__init__()
         self.folder, self.at_once, self.device, self.options = Path(script_folder), jobs, device, options
         for name, value in options.items():
-            if not re.fullmatch(r"[a-z][a-z-]*", name) or "\n" in str(value):
+            if not re.fullmatch(r"[a-z][a-z-]*", name) or not str(value).isprintable():
                 raise InputError(f"engine option {name}: not a name of an sbatch option (letters and -), or its value has several lines")
         if not shutil.which("sbatch"):
             raise InputError("engine sbatch: no command sbatch on this machine; run this where jobs are submitted, or use --engine local")
+        if not str(self.folder.resolve()).isprintable():  # its name stands in the script, where a line ends a setting
+            raise InputError(f"engine sbatch: the folder {self.folder} has a line break in its name; choose another --out")
 
     def _start(self):
         folders, self.queue = self.queue, []

@@ -220,6 +220,12 @@ def test_bad_input_is_one_line_and_changes_nothing(data, run, tmp_path):
     assert contents(run) == before
 
 
+def test_commands_that_cannot_be_understood_are_one_line():
+    refused(adiff_here("fit", "deco", "photos", "--out", "run", "--seed", "one"), "--seed", "adiff fit --help")
+    refused(adiff_here("fit", "deco"), "DATA", "adiff fit --help")
+    refused(adiff_here("detcet"), "detcet", "adiff --help")
+
+
 def test_bad_input_in_a_real_process(data, run, tmp_path):
     cases = bad_inputs(data, run, tmp_path)
     for name in ("unknown category", "malicious checkpoint"):

@@ -15,6 +15,7 @@ import pandas as pd
 import psutil
 import pytest
 
+from adiff.core import InputError
 from adiff.engines import make_engine
 from adiff.matrix import matrices_folder, plan, read_matrix
 from adiff.reproduce import _carry_out, _write_run, describe_plan, reproduce, state
@@ -189,6 +190,10 @@ def test_sbatch_script(squares, tmp_path, monkeypatch):
         assert line in script.splitlines()
     assert contents(tmp_path / "out") == {"1": "1", "2": "4", "4": "16"}
     assert "3 done, 1 failed" in describe_plan(squares, tmp_path / "out", jobs=1)[1]
+    with pytest.raises(InputError, match="line break"):
+        make_engine("sbatch", tmp_path / "a\ntouch executed #")
+    with pytest.raises(InputError, match="engine option time"):
+        make_engine("sbatch", tmp_path, time="1\rtouch executed")
 
 
 def test_a_run_on_every_core_has_its_share_of_threads(squares, tmp_path):
