@@ -15,7 +15,7 @@ demo: .venv/installed
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 docs: .venv/installed
 	$(BIN)/python nbs/_site/build.py
@@ -24,7 +24,7 @@ export: .venv/installed
 	$(BIN)/nbdev-export
 
 faults: .venv/installed
-	ADIFF_FAULTS=long $(BIN)/python -m pytest tests/test_faults.py
+	ADIFF_FAULTS=long $(BIN)/python -m pytest -s tests/test_faults.py
 
 lock: .venv/installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[security]'

@@ -123,7 +123,8 @@ def reproduce(matrix, out=None, engine="local", jobs=None, device="auto", parame
             pool = make_engine(engine, out, jobs, device, max(run.memory_gb for run in todo.values()), len(runs), **(engine_options or {}))
             _carry_out(pool, out, todo, expected_seconds(out, runs))
             if not pool.waits:
-                print(f"{pool.answer}: {len(todo)} runs in {pool.folder/'array.sh'}; the same command with --dry-run shows how they stand")
+                logger.info("%s: %d runs in %s; the same command with --dry-run shows how they stand", pool.answer, len(todo),
+                            pool.folder/"array.sh")
                 return {}
         errors = {run.label: _error(folder) for folder, run in folders.items()}
         make_outputs(out)
@@ -187,7 +188,7 @@ def _carry_out(engine, out, todo, expected):
 
 # %% ../nbs/62_reproduce.ipynb #f9b15a3a
 def make_outputs(out):
-    "Tables, figures and the site of the reproduction in the folder `out`. Prints where they are; why there are none is a warning."
+    "Tables, figures and the site of the reproduction in the folder `out`. Logs where they are; why there are none is a warning."
     from adiff.site import write_site
     from adiff.tables import write_tables
 
@@ -204,7 +205,7 @@ def make_outputs(out):
             _draw(notebook, out)
             write_json(out/"outputs.json", made_from)
     write_site(out)
-    print(f"look at: {out/'site/index.html'}")
+    logger.info("look at: %s", out/"site/index.html")
 
 
 def _draw(notebook, out):

@@ -53,7 +53,6 @@ def autoencoder():
 DETECTORS = {  # name -> a function that builds a small detector
     "deco": lambda: deco(WaveletCodec(), ("pixel", "latent", "feature"), ("brick", "coffee")),
     "deco, taef2": lambda: deco(load_codec("taef2"), ("pixel", "latent")),
-    "deco, sounds": lambda: deco(WaveletCodec(image_channels=1), ("pixel", "latent"), steps=2, protocol=LogMel(size=64, seconds=2.0)),
     "adiff": lambda: adiff(WaveletCodec(), SemanticDiscrepancy.pretrained(input_size=64), 64, top_share=0.01),
     "adiff, sounds": lambda: adiff(WaveletCodec(image_channels=1), SemanticDiscrepancy("unet"), 64, (1,),
                                    protocol=LogMel(size=64, seconds=2.0)),

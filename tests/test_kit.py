@@ -53,7 +53,8 @@ def test_top_level_is_what_the_ecosystem_needs(repository):
         pytest.skip("needs the git checkout")
     tracked = subprocess.run(["git", "ls-files"], cwd=repository, capture_output=True, text=True, check=True).stdout.split("\n")
     expected = {"nbs", "adiff", "settings.ini", "setup.py", "data_scripts", "tests", "README.md", "pyproject.toml", "constraints.txt",
-                "Makefile", "LICENSE", "CITATION.cff", "CONTRIBUTING.md", "CHANGELOG.md", ".ci", ".gitignore"}
+                "Makefile", "LICENSE", "CITATION.cff", "CONTRIBUTING.md", "CHANGELOG.md", ".ci",
+                ".gitignore", "requirements-lock.txt"}
     assert {name.split("/")[0] for name in tracked if name} <= expected
 
 
@@ -78,3 +79,15 @@ def test_types_fit(repository):
     found = subprocess.run([sys.executable, "-m", "mypy"], cwd=repository, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout + found.stderr
     assert (repository / "adiff/py.typed").exists()  # so that they count where adiff is installed
+
+
+def test_the_lock_holds_the_pinned_versions(repository):
+    def pins(name, mark):
+        found = re.findall(rf"^([\w.-]+)==([\w.+]+){mark}", (repository / name).read_text(), re.MULTILINE)
+        return {re.sub(r"[_.]", "-", package.lower()): version for package, version in found}
+
+    locked, constraints = pins("requirements-lock.txt", r"[^\n]* \\\n    --hash=sha256:"), pins("constraints.txt", "")
+    needed = " ".join(settings(repository)[key] for key in ("requirements", "dev_requirements", "docs_requirements")).split()
+    for package in needed:
+        package = re.sub(r"[_.]", "-", package.lower())
+        assert locked[package] == constraints[package], f"{package}: make lock"

@@ -26,7 +26,7 @@ from adiff.deviation import MaskedForwardProcess, official_patches, random_patch
 from adiff.wavelets import WaveletPacket1d, WaveletPacket2d, orthogonal_wavelets, wavelet_decompose, wavelet_reconstruct
 
 # the same examples every time, so that a test does not fail by chance for someone who changed something else
-settings.register_profile("adiff", derandomize=True, deadline=None, max_examples=60, database=None,
+settings.register_profile("adiff", derandomize=True, deadline=None, max_examples=150, database=None,
                           suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 settings.load_profile("adiff")
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -60,11 +60,14 @@ def run(*arguments):
 
 def test_adiff_commands(repository, workplace):
     commands = [command for command in adiff_commands(repository) if command[0] not in ("reproduce", "table", "benchmark")]
-    assert [command[0] for command in commands] == ["demo", "fit", "detect", "fit", "detect", "fit", "evaluate", "fit"]
+    names = " ".join(command[0] for command in commands)
+    assert names == "demo fit detect fit detect doctor export tensorboard fit evaluate fit"
     for command in commands:
         run(*command)
+    (example,) = re.findall(r"^python (nbs/tutorials/.*)$", (repository / "README.md").read_text(), re.MULTILINE)
+    subprocess.run([sys.executable, repository / example.split()[0], *example.split()[1:]], check=True)
     for made in ("detections/scores.csv", "runs/bottle/report.html", "heard/windows.csv", "runs/demo_audio/run_sounds/report.html",
-                 "runs/svm/siren/metrics.json"):
+                 "runs/svm/siren/metrics.json", "found.png", "runs/mine/tensorboard"):
         assert (workplace / made).exists(), made
     shutil.copytree("runs/bottle", "reproduced/demo/runs/bottle")  # test_reproduce.py carries matrices out
     (table,) = [command for command in adiff_commands(repository) if command[0] == "table"]
@@ -105,5 +108,5 @@ def test_named_files_and_parameters_exist(repository):
         assert set(re.findall(r"-p (\w+)", command)) <= set(known), command
     help_text = subprocess.run([sys.executable, repository / "data_scripts/mvtec_ad.py", "--help"], capture_output=True, text=True).stdout
     assert "--out" in help_text and "--archive" in help_text
-    for target in ("demo", "test", "export"):
+    for target in re.findall(r"`make (\w+)`", text):
         assert re.search(rf"^{target}:", (repository / "Makefile").read_text(), re.MULTILINE)
