@@ -7,7 +7,6 @@ reconstruction error and semantic discrepancy. For images and for sounds."""
 __all__ = ['ADIFF_PRESETS', 'ADIFF_SOUNDS', 'SHORT_EVENTS', 'DDPM_PRESETS', 'SIMPLEX_PRESETS', 'ADiffConfig', 'build_adiff']
 
 # %% ../nbs/32_adiff.ipynb #da37cade
-from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field
@@ -73,7 +72,7 @@ DDPM_PRESETS = {"cpu": dict(_minutes, codec="pixels", wavelet_levels=0, image_si
 SIMPLEX_PRESETS = {name: {**preset, "noise": "simplex"} for name, preset in DDPM_PRESETS.items()}
 
 # %% ../nbs/32_adiff.ipynb #d1788a2c
-def build_adiff(config: ADiffConfig, categories: Sequence[str], frame: Protocol | LogMel) -> AnomalyDetector:
+def build_adiff(config: ADiffConfig, categories: list[str], frame: Protocol | LogMel) -> AnomalyDetector:
     """An untrained `AnomalyDetector` with ADiff's parts, for an `ADiffConfig`, the names of the categories and a frame.
 
     The network is unconditional: with several categories it learns them all as one distribution. Raises `InputError` if weights

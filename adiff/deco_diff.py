@@ -6,7 +6,6 @@
 __all__ = ['DECO_DIFF_PRESETS', 'DECO_DIFF_SOUNDS', 'DeCoDiffConfig', 'build_deco_diff']
 
 # %% ../nbs/30_deco_diff.ipynb #c8f80d90
-from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field
@@ -63,7 +62,7 @@ DECO_DIFF_PRESETS = {
 DECO_DIFF_SOUNDS = dict(num_inference_steps=5, starting_step=None, discrepancy_levels=["pixel", "latent"])
 
 # %% ../nbs/30_deco_diff.ipynb #533830a5
-def build_deco_diff(config: DeCoDiffConfig, categories: Sequence[str], frame: Protocol | LogMel) -> AnomalyDetector:
+def build_deco_diff(config: DeCoDiffConfig, categories: list[str], frame: Protocol | LogMel) -> AnomalyDetector:
     """An untrained `AnomalyDetector` with DeCo-Diff's parts, for a `DeCoDiffConfig`, the names of the categories and a frame.
 
     Raises `InputError` if the codec's weights are not found or the image size does not fit the codec and the network.

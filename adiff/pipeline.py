@@ -106,8 +106,8 @@ class AnomalyDetector(DiffusionPipeline):
     _optional_components = ["forward_process", "network", "correction"]
 
     def __init__(self, codec: Codec, forward_process: Any, network: Any, correction: Any, discrepancy: Any,
-                 categories: Sequence[str] = ("normal",), image_size: int = 256, protocol: Any = "official", top_share: float = 0.0,
-                 calibration: dict | None = None, mixed_precision: str = "no") -> None:
+                 categories: list[str] | tuple[str, ...] = ("normal",), image_size: int = 256, protocol: Any = "official",
+                 top_share: float | int = 0.0, calibration: dict | None = None, mixed_precision: str = "no") -> None:
         super().__init__()
         self.register_modules(codec=codec, forward_process=forward_process, network=network, correction=correction,
                               discrepancy=discrepancy)
