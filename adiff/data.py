@@ -611,7 +611,7 @@ class Frames(torch.utils.data.Dataset):
     def batches(self, batch_size: int = 16, indices: torch.Tensor | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         "Those of `indices` (n,), or all, in order, batch by batch, read ahead: indices (n,) and frames (n, channels, size, size)."
         indices = torch.arange(len(self)) if indices is None else indices
-        for part, frames in read_ahead(self.__getitem__, ((part, part.tolist()) for part in indices.split(batch_size))):
+        for part, frames in read_ahead(self.__getitem__, ((part, part.tolist()) for part in indices.split(batch_size) if len(part))):
             yield part, stacked(frames)
 
 

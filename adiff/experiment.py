@@ -45,7 +45,7 @@ from .machine import use_machine
 from .metrics import (PixelCounts, counted_pro_curve, harmonic_mean_metrics, image_metrics, mean_metrics, pixel_counts,
                            pixel_metrics)
 from .pipeline import AnomalyDetector, loudest, map_scores
-from .training import DetectorConfig, WatchedFiles, checked, make_frame, train, watched_normals
+from .training import DetectorConfig, WatchedFiles, checked, load_checkpoint, make_frame, train, watched_normals
 
 # %% ../nbs/52_experiment.ipynb #99535737
 @dataclass(frozen=True)
@@ -143,6 +143,8 @@ def fit(method: str, data_root: AnyPath, out_dir: AnyPath, preset: str = "cpu", 
         if started:
             check_same_run(out_dir, record)
         finished = (out_dir / "model" / "model_index.json").exists()
+        if started and not finished:
+            load_checkpoint(out_dir / "checkpoints")  # if none is sound, this is said before anything is written
         if not finished and processes > 1 and not launched:
             fit_in_processes(processes, method=method, data_root=data_root, out_dir=out_dir, preset=preset, categories=categories,
                              seed=seed, device=str(place), overrides=overrides, resume=resume, split_table=split_table)

@@ -953,11 +953,11 @@ def broken_checkpoints(content):
 
 
 MODELS += [
-    handled("checkpoints that are torn", broken_checkpoints(lambda content, folder: half(content)),
-            "named in a printed line; training begins anew", detector_of("brick")),
-    handled("checkpoints that would run a command",
+    refused("checkpoints that are torn", broken_checkpoints(lambda content, folder: half(content)),
+            "beginning anew without a word would lose hours", "checkpoints", "damaged"),
+    refused("checkpoints that would run a command",
             broken_checkpoints(lambda content, folder: pickle.dumps(Malicious(folder / "executed"))),
-            "named in a printed line, not run; training begins anew", detector_of("brick")),
+            "not run; beginning anew without a word would lose hours", "checkpoints", "damaged"),
 ]
 
 # ---- results

@@ -140,13 +140,14 @@ def soon(ready, act):
 
 def test_interrupted_and_killed_runs_go_on_and_leave_no_process_behind(data, two, tmp_path, capsys):
     run, seen = tmp_path / "run", []
-    again = partial(fit, "deco", data, run, categories="cup", device="cpu", overrides=OVERRIDES, processes=2, resume=True)
+    overrides = {**OVERRIDES, "checkpoint_every": 1}  # so that there is time between the first update and the tenth
+    again = partial(fit, "deco", data, run, categories="cup", device="cpu", overrides=overrides, processes=2, resume=True)
 
     def interrupt():
         seen.extend(ranks())
         os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt), soon((run / "checkpoints/step_00000004.pt").exists, interrupt):
+    with pytest.raises(KeyboardInterrupt), soon((run / "checkpoints/step_00000001.pt").exists, interrupt):
         again()
     stopped = load_checkpoint(run / "checkpoints")["step"]
     assert stopped % 10 == 0 and not (run / "model").exists()  # all have agreed on an update after which they stop

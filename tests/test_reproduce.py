@@ -92,13 +92,13 @@ def test_killed_at_any_moment(squares, tmp_path):
 
 def test_interrupted_politely(squares, tmp_path):
     "Ctrl-C ends the children and says how to go on."
-    write_notebook(tmp_path / "square.ipynb", "x: int = 0\nout_dir: str = ''", "import time; time.sleep(60)")
+    write_notebook(tmp_path / "square.ipynb", "x: int = 0\nout_dir: str = ''", "import time; time.sleep(600)")
     child = subprocess.Popen([Path(sys.executable).with_name("adiff"), "reproduce", squares, "--out", tmp_path / "out", "--jobs", "2"],
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not list((tmp_path / "out").glob("runs/*/log.txt")):
         time.sleep(0.1)
     child.send_signal(signal.SIGINT)
-    _, said = child.communicate(timeout=20)
+    _, said = child.communicate(timeout=120)
     assert child.returncode == 130 and "stopped; the same command goes on" in said
     assert "4 interrupted" in describe_plan(squares, tmp_path / "out", jobs=2)[1]
 
