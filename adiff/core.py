@@ -254,7 +254,7 @@ class Terminated(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def signals_to(handle: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
-    """While the body runs, Ctrl-C and SIGTERM call `handle(number, frame)`, unless they are ignored.
+    """While the body runs, Ctrl-C and SIGTERM call `handle(number, processor)`, unless they are ignored.
 
     Outside the main thread nothing changes.
     """
@@ -272,7 +272,7 @@ def signals_to(handle: Callable[[int, FrameType | None], Any]) -> Iterator[None]
                 signal.signal(number, handler)
 
 
-def interrupt(number: int, frame: FrameType | None = None, message: str = "") -> NoReturn:
+def interrupt(number: int, processor: FrameType | None = None, message: str = "") -> NoReturn:
     "Raises `KeyboardInterrupt`, or for SIGTERM `Terminated`; a handler for `signals_to`."
     raise (Terminated if number == signal.SIGTERM else KeyboardInterrupt)(message)
 
@@ -282,7 +282,7 @@ class StopRequest:
 
     number: int | None = None
 
-    def __call__(self, number: int, frame: FrameType | None = None) -> None:
+    def __call__(self, number: int, processor: FrameType | None = None) -> None:
         if self.number and number == signal.SIGINT:
             interrupt(number)
         self.number = self.number or number
@@ -352,7 +352,7 @@ def versions() -> dict[str, str]:
 def progress(iterable: Iterable | None = None, **options: Any) -> Any:
     """A tqdm bar with time left, on standard error: redrawn twice a second where somebody watches, else (a log) a line every 10 seconds.
 
-    Where several processes do the same side by side (`adiff.distributed`), only the first shows its bars; none where the
+    Where several processes do the same side by side (`adiff.training.processes`), only the first shows its bars; none where the
     environment variable `ADIFF_QUIET` is set, as `--quiet` does for all processes that a command starts.
     """
     watched = sys.stderr.isatty() or "JPY_SESSION_NAME" in os.environ  # a terminal, or a notebook that is open in Jupyter

@@ -28,7 +28,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from adiff import AnomalyDetector, codecs, data, detection, experiment, matrix, official, tables
-from adiff.audio import LogMel
+from adiff.data.sounds import LogMel
 from adiff.core import write_json
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -148,8 +148,8 @@ def sound(content, name="x.wav"):
 
 def read_all(path):
     "Every window of a sound, stacked."
-    frame = LogMel(size=32, n_fft=2048)
-    return torch.stack([frame.load(path, window) for window in frame.windows(path)])
+    processor = LogMel(size=32, n_fft=2048)
+    return torch.stack([processor.load(path, window) for window in processor.windows(path)])
 
 
 def finished_run(kit, root, run, **about):
@@ -418,8 +418,8 @@ IMAGES = [
             "1 becomes 255",
             lambda found: found.getpixel((0, 0)) == (128, 128, 128)),
     handled("TIFF of three pages", image(several("TIFF"), "x.tif"), "the first one counts", same_as(png())),
-    handled("animated PNG", image(several("PNG", default_image=False)), "the first frame counts", same_as(png())),
-    handled("animated GIF named .png", image(several("GIF")), "the content decides, the first frame counts", is_picture()),
+    handled("animated PNG", image(several("PNG", default_image=False)), "the first processor counts", same_as(png())),
+    handled("animated GIF named .png", image(several("GIF")), "the content decides, the first processor counts", is_picture()),
     handled("turned by EXIF", image(turned(), "x.jpg"), "shown upright", is_picture(30, 40)),
     *(handled(f"name {title}", image(png(), name), "a name like any other", is_picture()) for title, name in ODD_NAMES.items()),
 ]
@@ -902,7 +902,7 @@ MODELS = [
     refused("calibration that is text", model(with_json("model_index.json", lambda values, _: {**values, "calibration": "none"})),
             "no thresholds", "calibration"),
     refused("a protocol that is unknown", model(with_json("model_index.json", lambda values, _: {**values, "protocol": "../x"})),
-            "no frame", "../x"),
+            "no processor", "../x"),
     handled("a file that is no part of it", model(lambda model, folder: (model / "notes.py").write_text("raise SystemExit")), "left alone",
             lambda found: np.isfinite(found.scores).all()),
 ]

@@ -10,7 +10,7 @@ import soundfile
 import torch
 
 from adiff import audio
-from adiff.audio import LogMel, find_sounds, load_torchaudio, read_sound, sound_seconds
+from adiff.data.sounds import LogMel, find_sounds, load_torchaudio, read_sound, sound_seconds
 from adiff.core import InputError
 
 RATE = 16000
@@ -33,13 +33,13 @@ def refused(source):
 # ---- torchaudio
 
 def test_torchaudio_is_imported_when_needed_only():
-    code = "import sys, adiff.audio; assert 'torchaudio' not in sys.modules"
+    code = "import sys, adiff.data.sounds; assert 'torchaudio' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_stub_takes_the_place_of_the_missing_cuda_extension_and_says_so_once():
     code = """if True:
-        import logging, sys, adiff.audio
+        import logging, sys, adiff.data.sounds
         logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(name)s: %(message)s")
         import torch
         extension = torch.ops.load_library
@@ -49,10 +49,10 @@ def test_a_stub_takes_the_place_of_the_missing_cuda_extension_and_says_so_once()
             except OSError as error:
                 raise OSError(f"Could not load this library: {path}") from error
         torch.ops.load_library = missing
-        adiff.audio.load_torchaudio().transforms.MelSpectrogram()
-        adiff.audio.load_torchaudio()"""
+        adiff.data.sounds.load_torchaudio().transforms.MelSpectrogram()
+        adiff.data.sounds.load_torchaudio()"""
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert done.stdout == ("adiff.audio: torch has no CUDA here: torchaudio is used without its compiled extension\n")
+    assert done.stdout == ("adiff.data.sounds: torch has no CUDA here: torchaudio is used without its compiled extension\n")
 
 
 @pytest.mark.parametrize("error", [OSError("libsndfile.so: cannot open shared object file"), ImportError("no torchaudio")])
@@ -113,12 +113,12 @@ def test_arrays_mean_what_their_type_says():
 
 
 def test_silent_and_clipped_sounds_are_sounds(tmp_path):
-    frame = LogMel(seconds=1.024, size=64)
+    processor = LogMel(seconds=1.024, size=64)
     clipped = np.clip(SOUND * 100, -1, 1)
     for samples in (np.zeros(RATE), clipped):
-        tensor = frame.tensor(frame.read(write(tmp_path / "a.wav", samples)))
+        tensor = processor.tensor(processor.read(write(tmp_path / "a.wav", samples)))
         assert tensor.isfinite().all() and tensor.min() >= -1 and tensor.max() < 1.5
-    assert (frame.decibels(torch.zeros(RATE)) == -80).all()
+    assert (processor.decibels(torch.zeros(RATE)) == -80).all()
 
 
 def test_what_cannot_be_read_is_refused_in_one_line(tmp_path):
@@ -174,50 +174,50 @@ def test_find_sounds(tmp_path):
 
 @pytest.mark.parametrize("size, seconds, n_fft", [(128, 4.0, 2048), (64, 4.0, 2048), (256, 4.096, 2048), (128, 1.0, 1024)])
 def test_equal_to_torchaudio(size, seconds, n_fft):
-    frame = LogMel(seconds=seconds, size=size, n_fft=n_fft)
-    waveform = torch.from_numpy(np.resize(SOUND, frame.hop * size))
+    processor = LogMel(seconds=seconds, size=size, n_fft=n_fft)
+    waveform = torch.from_numpy(np.resize(SOUND, processor.hop * size))
     transforms = load_torchaudio().transforms
-    left = (n_fft - frame.hop) // 2
-    padded = torch.nn.functional.pad(waveform[None], (left, n_fft - frame.hop - left), mode="reflect")
-    power = transforms.MelSpectrogram(RATE, n_fft, hop_length=frame.hop, n_mels=size, center=False, mel_scale="slaney")
+    left = (n_fft - processor.hop) // 2
+    padded = torch.nn.functional.pad(waveform[None], (left, n_fft - processor.hop - left), mode="reflect")
+    power = transforms.MelSpectrogram(RATE, n_fft, hop_length=processor.hop, n_mels=size, center=False, mel_scale="slaney")
     level = transforms.AmplitudeToDB("power")(power(padded) / (n_fft / 4)**2).clamp_min(-80)
-    assert torch.allclose(frame.tensor(waveform), 1 + level.flip(1) / 40, atol=1e-6, rtol=0)
+    assert torch.allclose(processor.tensor(waveform), 1 + level.flip(1) / 40, atol=1e-6, rtol=0)
 
 
 def test_shapes_padding_and_cutting():
-    frame = LogMel()
+    processor = LogMel()
     short = torch.from_numpy(SOUND)
-    picture = frame.tensor(short)
+    picture = processor.tensor(short)
     assert picture.shape == (1, 128, 128) and picture.dtype == torch.float32
-    assert torch.equal(picture, frame.tensor(torch.cat([short, torch.zeros(3 * RATE)])))
+    assert torch.equal(picture, processor.tensor(torch.cat([short, torch.zeros(3 * RATE)])))
     assert (picture[:, :, 37:] == -1).all()  # 1 s and half a Fourier window: 34.1 columns
     long = torch.from_numpy(np.resize(SOUND, 5 * RATE))
-    assert torch.equal(frame.tensor(long), frame.tensor(long[:4 * RATE]))
+    assert torch.equal(processor.tensor(long), processor.tensor(long[:4 * RATE]))
     batch = torch.stack([long, long.flip(0)])
-    assert torch.allclose(frame.tensor(batch)[1], frame.tensor(batch[1]), atol=1e-6) and frame.tensor(batch).shape[0] == 2
-    assert frame.picture(picture).shape == (128, 128, 3) and frame.picture(picture).dtype == np.uint8
+    assert torch.allclose(processor.tensor(batch)[1], processor.tensor(batch[1]), atol=1e-6) and processor.tensor(batch).shape[0] == 2
+    assert processor.picture(picture).shape == (128, 128, 3) and processor.picture(picture).dtype == np.uint8
 
 
 def test_windows_cover_everything():
-    frame = LogMel()
+    processor = LogMel()
     for duration in (0.1, 4.0, 4.00001, 4.1, 5.9, 6.0, 6.1, 8.0, 61.7):
-        starts = frame.windows((np.zeros(round(duration * RATE)), RATE))
+        starts = processor.windows((np.zeros(round(duration * RATE)), RATE))
         assert starts[0] == 0 and starts[-1] + 4 >= duration - 1 / RATE and len(set(starts)) == len(starts)
         assert max(np.diff(starts), default=0) <= 2 + 1e-9 and (len(starts) == 1 or starts[-1] + 4 <= duration + 1e-9)
 
 
 def test_statistics_standardise_and_survive_json(tmp_path):
-    frame = LogMel(seconds=1.024, size=64)
+    processor = LogMel(seconds=1.024, size=64)
     path = write(tmp_path / "a.wav", subtype="FLOAT")
-    fitted = frame.fitted([path, (SOUND, RATE), torch.from_numpy(SOUND)])
-    levels = frame.decibels(torch.from_numpy(SOUND))[:, :63]  # the last column holds nothing but silence
+    fitted = processor.fitted([path, (SOUND, RATE), torch.from_numpy(SOUND)])
+    levels = processor.decibels(torch.from_numpy(SOUND))[:, :63]  # the last column holds nothing but silence
     assert np.allclose(fitted.mean, levels.mean(1), atol=1e-3) and np.allclose(fitted.std, levels.std(1).clamp_min(1), rtol=0.02)
     spread = fitted.tensor(torch.from_numpy(SOUND))[0, :, :63].std(1)[torch.tensor(fitted.std) > 1]
     assert len(spread) > 30 and torch.allclose(spread, torch.tensor(1 / 3), rtol=0.02)
     assert LogMel(**json.loads(json.dumps(fitted.config()))) == fitted
-    assert set(frame.fitted([torch.zeros(RATE)]).std) == {1.0}
+    assert set(processor.fitted([torch.zeros(RATE)]).std) == {1.0}
     with pytest.raises(InputError, match="no sound"):
-        frame.fitted([])
+        processor.fitted([])
 
 
 def test_the_suggested_length_works():
@@ -231,10 +231,10 @@ def test_the_suggested_length_works():
 
 def test_real_clips(shared):
     clips = find_sounds(shared / "data/urbansound8k/audio/fold1")[:12]
-    frame = LogMel()
-    fitted = frame.fitted(clips)
+    processor = LogMel()
+    fitted = processor.fitted(clips)
     for path in clips:
-        waveform = frame.read(path)
+        waveform = processor.read(path)
         assert abs(len(waveform) / RATE - sound_seconds(path)) < 1e-3 and not audio._truncated(path)
         tensor = fitted.tensor(waveform)
         assert tensor.shape == (1, 128, 128) and tensor.isfinite().all() and tensor.abs().max() < 5

@@ -21,15 +21,16 @@ from bs4 import BeautifulSoup
 from click.testing import CliRunner
 
 from adiff import AnomalyDetector, experiment, site
-from adiff.cli import main
+from adiff.runs.command_line import main
 from adiff.core import InputError, write_json
-from adiff.demo_data import make_demo_data
-from adiff.demo_sounds import make_demo_sounds
-from adiff.detection import detect_files
-from adiff.engines import SbatchEngine
-from adiff.experiment import evaluate, fit
-from adiff.report import write_report
-from adiff.tables import write_tables
+from adiff.data.demo_images import make_demo_data
+from adiff.data.demo_sounds import make_demo_sounds
+from adiff.runs.detect import detect_files
+from adiff.lab.engines import SbatchEngine
+from adiff.runs.evaluate import evaluate
+from adiff.runs.fit import fit
+from adiff.runs.report import write_report
+from adiff.lab.tables import write_tables
 
 SECONDS = 240  # after which an input counts as one that hangs, also on a busy machine: what waits is printed, and the process ends
 MEGABYTES = 700  # that an input may add to what was in memory before

@@ -6,9 +6,11 @@ from sklearn.ensemble import IsolationForest
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import OneClassSVM
 
-from adiff.baselines import (ConvolutionalAutoencoder, DenseAutoencoder, IdentityForwardProcess, MahalanobisDiscrepancy,
-                             NearestNeighborDiscrepancy, PooledStatisticsDiscrepancy, ReconstructionErrorDiscrepancy,
-                             SinglePassCorrection, greedy_coreset)
+from adiff.diffusion.identity import IdentityForwardProcess, SinglePassCorrection
+from adiff.networks.autoencoders import ConvolutionalAutoencoder, DenseAutoencoder
+from adiff.scores.memories import MahalanobisDiscrepancy, NearestNeighborDiscrepancy, greedy_coreset
+from adiff.scores.pooled import PooledStatisticsDiscrepancy
+from adiff.scores.reconstruction import ReconstructionErrorDiscrepancy
 from adiff.core import InputError
 
 FITTED = {

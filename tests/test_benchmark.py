@@ -11,10 +11,10 @@ import torch
 from click.testing import CliRunner
 
 from adiff import InputError, benchmark
-from adiff.benchmark import (CODECS, Settings, blob_maps, class_labels, contestants, differences, load_official, measure, measure_parts,
-                             measure_training, pictures, plain_aupro, quartiles, ratios, run_benchmark)
-from adiff.cli import main
-from adiff.metrics import aupro, official_aupro
+from adiff.lab.benchmark import (CODECS, Settings, blob_maps, class_labels, contestants, differences, load_official,
+    measure, measure_parts, measure_training, pictures, plain_aupro, quartiles, ratios, run_benchmark)
+from adiff.runs.command_line import main
+from adiff.scores.metrics import aupro, official_aupro
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 quick = Settings(torch.device("cpu"), seconds=0.0, rounds=1)
@@ -87,7 +87,7 @@ def test_wrong_checkouts(tmp_path):
 
 
 def test_a_short_benchmark_is_complete(tmp_path, monkeypatch):
-    monkeypatch.delitem(benchmark.STARTS, "import adiff.experiment")  # seconds each time, and nothing new
+    monkeypatch.delitem(benchmark.STARTS, "import adiff.runs.evaluate")  # seconds each time, and nothing new
     result = run_benchmark(tmp_path, "cpu", ["nano"], [1, 2], seconds=0.0, rounds=1, training_batch_size=2, maps=4)
     assert result == json.loads((tmp_path / "benchmark.json").read_text())
     parts = [one["part"] for one in result["measurements"]]

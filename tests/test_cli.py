@@ -18,9 +18,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from adiff import AnomalyDetector
-from adiff.cli import _methods, _presets, main
-from adiff.demo_data import make_demo_data
-from adiff.experiment import METHODS
+from adiff.runs.command_line import _methods, _presets, main
+from adiff.data.demo_images import make_demo_data
+from adiff.methods.registry import METHODS
 
 TINY = {"image_size": 32, "wavelet_levels": 2, "length": 12, "batch_size": 4, "checkpoint_every": 4, "augmentations": []}
 

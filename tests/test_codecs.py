@@ -10,9 +10,12 @@ import pywt
 import torch
 from PIL import Image
 
-from adiff.codecs import Codec, KLCodec, TinyCodec, WaveletCodec, convert_tiny, load_codec
+from adiff.codecs.autoencoders import KLCodec, TinyCodec, convert_tiny
+from adiff.codecs.codec import Codec
+from adiff.codecs.load import load_codec
+from adiff.codecs.wavelets import WaveletCodec
 from adiff.core import InputError
-from adiff.wavelets import WaveletPacket2d, band_names, orthogonal_wavelets
+from adiff.codecs.wavelets import WaveletPacket2d, band_names, orthogonal_wavelets
 
 KL_CONFIG = dict(block_out_channels=[8, 8, 8, 8], norm_num_groups=4, layers_per_block=1,
                  down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4)
@@ -34,7 +37,7 @@ def no_weights(monkeypatch, tmp_path):
         raise AssertionError("the network was touched")
 
     monkeypatch.delenv("ADIFF_WEIGHTS", raising=False)
-    monkeypatch.setattr("adiff.codecs.try_to_load_from_cache", lambda repository, file: None)
+    monkeypatch.setattr("adiff.codecs.codec.try_to_load_from_cache", lambda repository, file: None)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
@@ -305,12 +308,12 @@ def test_the_hubs_cache_comes_second(no_weights, monkeypatch, tmp_path, images):
     codec = make_codec("kl")
     codec.autoencoder.save_pretrained(tmp_path / "cached")
     monkeypatch.setenv("ADIFF_WEIGHTS", str(tmp_path))
-    monkeypatch.setattr("adiff.codecs.try_to_load_from_cache", lambda repository, file: str(tmp_path / "cached" / file))
+    monkeypatch.setattr("adiff.codecs.codec.try_to_load_from_cache", lambda repository, file: str(tmp_path / "cached" / file))
     assert torch.equal(load_codec("sd-vae-ft-mse").encode(images), codec.encode(images))
 
 
 def test_no_network_is_found_out_quickly_and_quietly(tmp_path):
-    code = ("import time; from adiff.codecs import load_codec, InputError; start = time.time()\n"
+    code = ("import time; from adiff.codecs.load import load_codec, InputError; start = time.time()\n"
             "try: load_codec('taesd')\n"
             "except InputError as error: print(error)\n"
             "assert time.time() - start < 8")

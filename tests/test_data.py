@@ -12,9 +12,11 @@ import torch
 from PIL import Image
 
 from adiff.core import InputError
-from adiff.data import (FULL_FRAME, OFFICIAL, PROTOCOLS, Frames, Protocol, find_images, read_ahead, read_dataset,
-                        read_image, sample_of, to_array, to_tensor)
-from adiff.demo_data import make_demo_data
+from adiff.data.files import find_images
+from adiff.data.images import FULL_FRAME, OFFICIAL, PROTOCOLS, ImageProcessor, read_image, to_array, to_tensor
+from adiff.data.loading import ProcessedFiles, read_ahead, fixed_subset
+from adiff.data.reading import read_dataset
+from adiff.data.demo_images import make_demo_data
 
 OFFICIAL_TRAINING = {"bottle": 188, "cable": 202, "capsule": 197, "carpet": 252, "grid": 238, "hazelnut": 352,
                      "leather": 221, "metal_nut": 198, "pill": 240, "screw": 288, "tile": 207, "toothbrush": 54,
@@ -182,23 +184,23 @@ def test_mask_modes(mode):
 
 
 def test_place_puts_the_map_where_it_was():
-    frame = np.zeros((400, 600), np.uint8)
-    frame[150:190, 420:480] = 255
-    seen = np.asarray(OFFICIAL.image(Image.fromarray(frame)), np.float32) / 255
+    processor = np.zeros((400, 600), np.uint8)
+    processor[150:190, 420:480] = 255
+    seen = np.asarray(OFFICIAL.image(Image.fromarray(processor)), np.float32) / 255
     placed = OFFICIAL.place(seen, (600, 400))
     assert placed.shape == (400, 600) and placed.dtype == np.float32
     inside = placed > 0.5
-    assert (inside & (frame > 0)).sum() / (inside | (frame > 0)).sum() > 0.9
+    assert (inside & (processor > 0)).sum() / (inside | (processor > 0)).sum() > 0.9
     ones = OFFICIAL.place(torch.ones(256, 256), (600, 400))
     assert set(np.unique(ones.round(5))) == {0, 1} and abs(ones.mean() - (256 / 288) ** 2) < 0.01
     assert np.allclose(FULL_FRAME.place(np.ones((256, 256)), (31, 17)), 1)
 
 
 def test_protocol_at_another_size_and_refused():
-    assert OFFICIAL.at(128) == Protocol("official@128", 144, 128) and FULL_FRAME.at(64).size == 64
+    assert OFFICIAL.at(128) == ImageProcessor("official@128", 144, 128) and FULL_FRAME.at(64).size == 64
     for resize, crop in ((256, 288), (0, None), (10, 0)):
         with pytest.raises(InputError):
-            Protocol("wrong", resize, crop)
+            ImageProcessor("wrong", resize, crop)
 
 
 # ---- folders
@@ -422,7 +424,7 @@ def test_development_data(shared):
 def test_frames_are_read_when_asked_for(tmp_path):
     make_category(tmp_path / "tire", train=6)
     dataset = read_dataset(tmp_path)
-    frames = Frames(dataset, dataset.select("train"), OFFICIAL.at(32))
+    frames = ProcessedFiles(dataset, dataset.select("train"), OFFICIAL.at(32))
     assert [batch.shape for _, batch in frames.batches(4)] == [(4, 3, 32, 32), (1, 3, 32, 32)]
     assert frames.row.tolist() == [0, 1, 2, 3, 4]
     (tmp_path / "tire/train/good/000.png").write_text("broken")
@@ -440,7 +442,7 @@ def test_frames_read_ahead_are_the_same(tmp_path):
         (tmp_path / "tire/train/good").mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(tmp_path / f"tire/train/good/{index:03}.png")
     dataset = read_dataset(tmp_path)
-    frames = Frames(dataset, dataset.select("train"), OFFICIAL.at(32))
+    frames = ProcessedFiles(dataset, dataset.select("train"), OFFICIAL.at(32))
     for chosen in (None, torch.tensor([5, 3, 3, 20])):
         indices, batches = zip(*frames.batches(4, chosen))
         assert torch.equal(torch.cat(indices), torch.arange(len(frames)) if chosen is None else chosen)
@@ -466,7 +468,7 @@ def test_a_broken_file_is_named_when_its_batch_is_due(tmp_path):
     dataset = read_dataset(tmp_path)
     rows = dataset.select("train")
     (tmp_path / rows.path[5]).write_text("broken")
-    batches = Frames(dataset, rows, OFFICIAL.at(32)).batches(2)
+    batches = ProcessedFiles(dataset, rows, OFFICIAL.at(32)).batches(2)
     assert [indices.tolist() for indices, _ in (next(batches), next(batches))] == [[0, 1], [2, 3]]
     with pytest.raises(InputError, match=rows.path[5]):
         next(batches)
@@ -474,8 +476,8 @@ def test_a_broken_file_is_named_when_its_batch_is_due(tmp_path):
 
 
 def test_a_sample_is_all_or_a_thousand():
-    assert sample_of(1000).tolist() == list(range(1000))
-    positions = sample_of(100_000)
+    assert fixed_subset(1000).tolist() == list(range(1000))
+    positions = fixed_subset(100_000)
     assert len(positions) == len(positions.unique()) == 1000 and torch.equal(positions, positions.sort().values)
     assert abs(positions.double().mean() - 50_000) < 3_000
 

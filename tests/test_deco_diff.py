@@ -3,9 +3,12 @@ import numpy as np
 import pytest
 import torch
 
-from adiff.data import OFFICIAL, Frames, read_dataset
-from adiff.deco_diff import DECO_DIFF_PRESETS, DeCoDiffConfig, build_deco_diff
-from adiff.training import checked, train
+from adiff.data.images import OFFICIAL
+from adiff.data.loading import ProcessedFiles
+from adiff.data.reading import read_dataset
+from adiff.methods.deco_diff import DECO_DIFF_PRESETS, DeCoDiffConfig, build_deco_diff
+from adiff.detector.configuration import checked
+from adiff.training.train import train
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +20,7 @@ def trained(shared, tmp_path_factory):
                                           "learning_rate": 1e-3, "augmentations": [], "validate_every": 120})
         dataset = read_dataset(shared / "data" / "mvtec_ad", "bottle")
         detector = build_deco_diff(config, dataset.categories, OFFICIAL)
-        images = Frames(dataset, dataset.select("train").iloc[:32], detector.frame)
+        images = ProcessedFiles(dataset, dataset.select("train").iloc[:32], detector.processor)
         with torch.no_grad():
             detector.codec.fit_scale([detector.resize(torch.stack(list(images)))])
         return detector, dataset, train(detector, dataset, config, device="cpu")
@@ -32,11 +35,11 @@ def test_loss_falls_below_the_trivial_predictor(trained):
 
 def test_a_pasted_defect_stands_out_and_the_rest_hardly_moves(trained):
     detector, dataset, _ = trained
-    frame = Frames(dataset, dataset.select("validation").iloc[:1], detector.frame)[0][None]
-    defective = frame.clone()
-    defective[..., 40:90, 40:90] = -frame[..., 40:90, 40:90]
+    processor = ProcessedFiles(dataset, dataset.select("validation").iloc[:1], detector.processor)[0][None]
+    defective = processor.clone()
+    defective[..., 40:90, 40:90] = -processor[..., 40:90, 40:90]
     labels = detector.class_labels("bottle", 1)
-    maps, _ = detector.detect_frames(defective, labels)
+    maps, _ = detector.detect_batch(defective, labels)
     row, column = np.unravel_index(int(maps["anomaly"][0].argmax()), maps["anomaly"].shape[1:])
     assert 30 <= row < 100 and 30 <= column < 100
 

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from adiff.audio import find_sounds, read_sound
+from adiff.data.sounds import find_sounds, read_sound
 from adiff.core import InputError
-from adiff.demo_sounds import make_demo_sounds, sound_faults
+from adiff.data.demo_sounds import make_demo_sounds, sound_faults
 
 
 def digests(folder):

@@ -14,17 +14,21 @@ import pytest
 import torch
 
 from adiff import AnomalyDetector, experiment
-from adiff.codecs import load_codec
+from adiff.codecs.load import load_codec
 from adiff.core import InputError, derive_seed, locked
-from adiff.data import read_dataset
-from adiff.demo_data import make_demo_data
-from adiff.deviation import DeviationCorrection, MaskedForwardProcess, official_patches
-from adiff.discrepancy import DeviationDiscrepancy
-from adiff.distributed import count_processes, fit_in_processes
-from adiff.experiment import evaluate, fit
-from adiff.gaussian import GaussianForwardProcess
-from adiff.training import TrainingConfig, load_checkpoint, train
-from adiff.unet import ClassTokenUNet
+from adiff.data.reading import read_dataset
+from adiff.data.demo_images import make_demo_data
+from adiff.diffusion.deviation_correction import DeviationCorrection
+from adiff.diffusion.masked import MaskedForwardProcess, official_patches
+from adiff.scores.deviation import DeviationDiscrepancy
+from adiff.training.processes import count_processes, fit_in_processes
+from adiff.runs.evaluate import evaluate
+from adiff.runs.fit import fit
+from adiff.diffusion.gaussian import GaussianForwardProcess
+from adiff.detector.configuration import TrainingConfig
+from adiff.training.checkpoints import load_checkpoint
+from adiff.training.train import train
+from adiff.networks.class_token_unet import ClassTokenUNet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -115,7 +119,7 @@ def ranks():
     found = []
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
-            if child.cmdline()[1:4] == ["-u", "-m", "adiff.distributed"]:
+            if child.cmdline()[1:4] == ["-u", "-m", "adiff.training.processes"]:
                 found.append(child)
     return found
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from adiff.doctor import Finding, _checks, _disk, _gpus, examine, findings_record, findings_text, works
+from adiff.lab.doctor import Finding, _checks, _disk, _gpus, examine, findings_record, findings_text, works
 
 REPORT = """
 import json

@@ -16,14 +16,16 @@ import pytest
 import torch
 
 from adiff import AnomalyDetector, experiment, training
-from adiff.baselines import ReconstructionErrorDiscrepancy
-from adiff.codecs import KLCodec
+from adiff.scores.reconstruction import ReconstructionErrorDiscrepancy
+from adiff.codecs.autoencoders import KLCodec
 from adiff.core import InputError
-from adiff.data import Protocol, read_dataset
-from adiff.demo_data import make_demo_data
-from adiff.demo_sounds import make_demo_sounds
-from adiff.experiment import evaluate, fit
-from adiff.training import LatentCache, TrainingLatents
+from adiff.data.images import ImageProcessor
+from adiff.data.reading import read_dataset
+from adiff.data.demo_images import make_demo_data
+from adiff.data.demo_sounds import make_demo_sounds
+from adiff.runs.evaluate import evaluate
+from adiff.runs.fit import fit
+from adiff.training.latents import LatentCache, TrainingLatents
 
 OVERRIDES = {"image_size": 32, "wavelet_levels": 2, "length": 6, "batch_size": 4, "augmentations": []}
 
@@ -110,8 +112,8 @@ def test_mixed_precision_ends_with_training(tmp_path):
 @pytest.fixture
 def read_files(monkeypatch):
     "Paths of the images that have been read, in order."
-    read, load = [], Protocol.load
-    monkeypatch.setattr(Protocol, "load", lambda self, source, window=0: read.append(source) or load(self, source, window))
+    read, load = [], ImageProcessor.load
+    monkeypatch.setattr(ImageProcessor, "load", lambda self, source, window=0: read.append(source) or load(self, source, window))
     return read
 
 
@@ -205,7 +207,7 @@ def test_temporary_caches_go_with_their_owner_and_a_full_disk_is_told(cup, tmp_p
 
 
 TRAIN = {"image_size": 32, "wavelet_levels": 2, "length": 12, "batch_size": 3, "checkpoint_every": 4, "learning_rate": 1e-3}
-KILLED = """import sys, torch; from adiff.experiment import fit; torch.set_num_threads(1)
+KILLED = """import sys, torch; from adiff.runs.fit import fit; torch.set_num_threads(1)
 fit("deco", sys.argv[1], sys.argv[2], device="cpu", overrides=eval(sys.argv[3]))"""
 
 

@@ -15,18 +15,25 @@ import torch
 from PIL import Image
 
 from adiff import AnomalyDetector, InputError
-from adiff.audio import LogMel
-from adiff.baselines import (ConvolutionalAutoencoder, IdentityForwardProcess, NearestNeighborDiscrepancy, PooledStatisticsDiscrepancy,
-                             ReconstructionErrorDiscrepancy, SinglePassCorrection)
-from adiff.codecs import PixelCodec, WaveletCodec, load_codec
-from adiff.deviation import DeviationCorrection, MaskedForwardProcess
-from adiff.discrepancy import DeviationDiscrepancy
-from adiff.export import EXPORT_FORMATS, ExportFormat, check_frames, export_detector
-from adiff.features import FeatureCodec
-from adiff.gaussian import GaussianForwardProcess, PartialNoisingCorrection
-from adiff.multiscale import MultiScaleUNet
-from adiff.semantic import SemanticDiscrepancy
-from adiff.unet import ClassTokenUNet
+from adiff.data.sounds import LogMel
+from adiff.diffusion.identity import IdentityForwardProcess, SinglePassCorrection
+from adiff.networks.autoencoders import ConvolutionalAutoencoder
+from adiff.scores.memories import NearestNeighborDiscrepancy
+from adiff.scores.pooled import PooledStatisticsDiscrepancy
+from adiff.scores.reconstruction import ReconstructionErrorDiscrepancy
+from adiff.codecs.load import load_codec
+from adiff.codecs.pixels import PixelCodec
+from adiff.codecs.wavelets import WaveletCodec
+from adiff.diffusion.deviation_correction import DeviationCorrection
+from adiff.diffusion.masked import MaskedForwardProcess
+from adiff.scores.deviation import DeviationDiscrepancy
+from adiff.lab.export import EXPORT_FORMATS, ExportFormat, check_frames, export_detector
+from adiff.codecs.features import FeatureCodec
+from adiff.diffusion.gaussian import GaussianForwardProcess
+from adiff.diffusion.partial_noising import PartialNoisingCorrection
+from adiff.networks.multiscale_unet import MultiScaleUNet
+from adiff.scores.semantic import SemanticDiscrepancy
+from adiff.networks.class_token_unet import ClassTokenUNet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -125,8 +132,8 @@ def test_torch_format(tmp_path):
     facts = export_detector(detector, tmp_path / "detector.pt2", "torch")
     run, text = EXPORT_FORMATS["torch"].read(tmp_path / "detector.pt2")
     wanted = detector(skimage.data.coffee(), category="coffee")
-    maps, scores = run({"frames": detector.frames(skimage.data.coffee())[0].numpy()})
-    assert close(maps, wanted.maps) and close(scores, wanted.scores) and json.loads(text)["frame"] == facts["frame"]
+    maps, scores = run({"frames": detector.preprocess(skimage.data.coffee())[0].numpy()})
+    assert close(maps, wanted.maps) and close(scores, wanted.scores) and json.loads(text)["processor"] == facts["processor"]
 
 
 EXAMPLE = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__'); print('torch' in sys.modules)"
@@ -153,7 +160,7 @@ def test_thirty_lines_without_torch(exported, repository, tmp_path, category):
 def test_facts_are_all_that_a_line_must_know(exported):
     facts = json.loads((exported / "line/detector.json").read_text())
     assert facts["categories"] == ["brick", "coffee"] and facts["calibration"]["coffee"]["threshold"] > 0 and facts["map_limit"] == 1
-    assert (facts["frame"]["resize"], facts["frame"]["crop"], facts["frame"]["size"]) == (288, 256, 256)
+    assert (facts["processor"]["resize"], facts["processor"]["crop"], facts["processor"]["size"]) == (288, 256, 256)
     assert max(facts["check"].values()) <= 1e-4 and facts["versions"]["adiff"]
     file = (exported / "line/detector.onnx").read_bytes()
     assert str(exported).encode() not in file and b".py" not in file  # nothing about the machine that wrote it

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from adiff.demo_data import make_demo_data
+from adiff.data.demo_images import make_demo_data
 
 TINY = {"codec": "opponent", "image_size": 32, "length": 4, "batch_size": 4, "augmentations": []}
 
@@ -149,7 +149,7 @@ print(json.dumps({"said": said, "hidden": "mirrored_secret" in sys.modules}))
 
 def test_from_python_in_a_fresh_process(child, site, run, line, tmp_path):
     "Names and parts are found; a model folder still cannot name a module that nobody offered."
-    install(tmp_path, "mirrored-more", {"mirrored_secret.py": "raise SystemExit('imported')"}, {"adiff.codecs": {}})
+    install(tmp_path, "mirrored-more", {"mirrored_secret.py": "raise SystemExit('imported')"}, {"adiff.codecs.codec": {}})
     stranger = tmp_path / "stranger"
     stranger.mkdir()
     (stranger / "model_index.json").write_text(json.dumps({**index(run), "forward_process": ["mirrored_secret", "MirroredPatches"]}))
@@ -169,7 +169,7 @@ def test_bad_packages_are_named_in_one_line(child, line, tmp_path):
     rude = tmp_path / "rude"
     install(rude, "rude", {"rude.py": "raise OSError('no\\nluck')", "plain.py": "made = {}"},
             {"adiff.methods": {"deco": "plain:made", "rude": "rude:made", "plain": "plain:made", "gone": "plain:gone"},
-             "adiff.codecs": {"opponent": "plain:made"}})
+             "adiff.codecs.codec": {"opponent": "plain:made"}})
     fit = ("adiff", "fit")
     message = one_line(child(*fit, "decoo", line, "--out", tmp_path / "x", more=[rude]))
     assert re.search(r"unknown method 'decoo'; known: .*\bdeco, .*deco-mirrored.*rude", message)
@@ -180,8 +180,8 @@ def test_bad_packages_are_named_in_one_line(child, line, tmp_path):
 
     code = """
 from adiff import InputError, fit, load_codec
-from adiff.deco_diff import build_deco_diff
-from adiff.experiment import METHODS
+from adiff.methods.deco_diff import build_deco_diff
+from adiff.methods.registry import METHODS
 assert METHODS["deco"].build is build_deco_diff
 for act in [lambda: METHODS["rude"], lambda: METHODS["plain"], lambda: METHODS["gone"], lambda: load_codec("opponent")]:
     try: act()
@@ -204,7 +204,7 @@ def test_a_matrix_notices_the_code_of_what_it_uses(repository, child, site, line
     (tmp_path / "mirrored.py").write_text((site / "mirrored.py").read_text())  # found before the other, which stays as it is
     code = """
 import json, sys
-from adiff.matrix import plan
+from adiff.lab.matrix import plan
 matrix, module = sys.argv[1:]
 before = {run.group: run.identity for run in plan(matrix)}
 with open(module, "a") as file: file.write("CHANGED = True")

@@ -20,12 +20,12 @@ import pytest
 import torch
 
 from adiff import AnomalyDetector
-from adiff.cli import main
+from adiff.runs.command_line import main
 from adiff.core import InputError, StopRequest, atomic_folder, atomic_path, remove_leftovers, signals_to
-from adiff.demo_data import make_demo_data
-from adiff.experiment import check_same_run
-from adiff.matrix import matrices_folder
-from adiff.training import CHECKPOINT_PARTS, load_checkpoint, save_checkpoint
+from adiff.data.demo_images import make_demo_data
+from adiff.runs.fit import check_same_run
+from adiff.lab.matrix import matrices_folder
+from adiff.training.checkpoints import CHECKPOINT_PARTS, load_checkpoint, save_checkpoint
 
 LONG = os.environ.get("ADIFF_FAULTS") == "long"
 SMALL = {"image_size": 32, "wavelet_levels": 2, "channel_multipliers": [1], "attention_levels": [], "wavelet_sampling": False,
@@ -55,7 +55,7 @@ def command_line(arguments, said, clock):
 def start(tmp_path_factory):
     "Starts `adiff ARGUMENTS` as a process; its attribute `said` is the file with its output."
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["adiff.experiment", "adiff.cli", "adiff.report", "adiff.adiff", "adiff.official", "pytest", "seaborn"])
+    context.set_forkserver_preload(["adiff.runs.evaluate", "adiff.runs.command_line", "adiff.runs.report", "adiff.methods.adiff", "adiff.methods.official", "pytest", "seaborn"])
     folder, started = tmp_path_factory.mktemp("said"), []
 
     def start(*arguments, clock=None):

@@ -6,9 +6,10 @@ import papermill
 import pytest
 
 from adiff.core import read_json, write_json
-from adiff.demo_data import make_demo_data
-from adiff.demo_sounds import make_demo_sounds
-from adiff.experiment import evaluate, fit
+from adiff.data.demo_images import make_demo_data
+from adiff.data.demo_sounds import make_demo_sounds
+from adiff.runs.evaluate import evaluate
+from adiff.runs.fit import fit
 
 TINY = {"image_size": 32, "wavelet_levels": 2, "length": 4, "batch_size": 4, "augmentations": []}
 

@@ -4,7 +4,9 @@ import torch
 from diffusers import DDIMScheduler
 
 from adiff.core import InputError
-from adiff.gaussian import NOISES, GaussianForwardProcess, PartialNoisingCorrection, draw_noise
+from adiff.diffusion.gaussian import GaussianForwardProcess
+from adiff.diffusion.noise import NOISES, draw_noise
+from adiff.diffusion.partial_noising import PartialNoisingCorrection
 
 SCHEDULES, TARGETS = ("linear", "squaredcos_cap_v2"), ("epsilon", "v_prediction")
 

@@ -8,11 +8,12 @@ import soundfile
 import torch
 
 from adiff import AnomalyDetector, InputError, evaluate, fit
-from adiff.data import read_dataset
-from adiff.demo_data import make_demo_data
-from adiff.demo_sounds import make_demo_sounds
-from adiff.detection import detect_files
-from adiff.experiment import METHODS, resolve_config, run_each
+from adiff.data.reading import read_dataset
+from adiff.data.demo_images import make_demo_data
+from adiff.data.demo_sounds import make_demo_sounds
+from adiff.runs.detect import detect_files
+from adiff.methods.registry import METHODS, resolve_config
+from adiff.runs.each_category import run_each
 
 MOMENT = {"length": 4, "batch_size": 4, "augmentations": [], "validate_every": 4, "checkpoint_every": 4}
 MANY_STEPS = {"deco", "adiff", "ddpm", "ddpm-simplex", "autoencoder", "dense-autoencoder"}
@@ -148,8 +149,8 @@ def test_long_recordings_are_scored_in_windows(sounds, tmp_path):
     windows = pd.read_csv(tmp_path / "out/windows.csv")
     burst = windows[windows.path.str.contains("burst")]
     assert burst.start.tolist() == [0, 2, 4, 6, 8] and table.score[1] > table.score[0]
-    loudest = burst.loc[burst.score.idxmax()]
-    assert loudest.start <= 7 < loudest.end and (tmp_path / "out/overlays/burst.wav_overlay.png").exists()
+    highest_of_each = burst.loc[burst.score.idxmax()]
+    assert highest_of_each.start <= 7 < highest_of_each.end and (tmp_path / "out/overlays/burst.wav_overlay.png").exists()
     folder = tmp_path / "long"
     folder.mkdir()
     soundfile.write(folder / "hour.wav", plain, 16000)  # a plain folder with one long recording is enough to train

@@ -3,11 +3,12 @@ import pytest
 import torch
 from torch import nn
 
-from adiff.attention import attention_layers, attention_maps, attention_weights
+from adiff.networks.attention import attention_layers, attention_maps, attention_weights
 from adiff.core import InputError
-from adiff.multiscale import MULTISCALE_SIZES, MultiScaleUNet, multiscale_difference
-from adiff.unet import ClassTokenUNet
-from adiff.wavelets import WaveletDownsample, WaveletUpsample
+from adiff.networks.multiscale_unet import MULTISCALE_SIZES, MultiScaleUNet
+from adiff.scores.semantic import multiscale_difference
+from adiff.networks.class_token_unet import ClassTokenUNet
+from adiff.codecs.wavelets import WaveletDownsample, WaveletUpsample
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")

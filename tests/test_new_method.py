@@ -5,13 +5,13 @@ import sys
 import pytest
 
 from adiff import AnomalyDetector, InputError, evaluate, fit
-from adiff.deco_diff import DECO_DIFF_PRESETS, DeCoDiffConfig, build_deco_diff
-from adiff.demo_data import make_demo_data
-from adiff.experiment import METHODS, Method
+from adiff.methods.deco_diff import DECO_DIFF_PRESETS, DeCoDiffConfig, build_deco_diff
+from adiff.data.demo_images import make_demo_data
+from adiff.methods.registry import METHODS, Method
 
 # a subclass need not import diffusers' base classes
 PART = """
-from adiff.deviation import MaskedForwardProcess
+from adiff.diffusion.masked import MaskedForwardProcess
 
 
 class OwnForwardProcess(MaskedForwardProcess):
@@ -22,18 +22,18 @@ import sys
 from adiff import AnomalyDetector, InputError
 try: AnomalyDetector.from_pretrained(sys.argv[1])
 except InputError as error: print(error)
-import own_part
+import process_share
 print(type(AnomalyDetector.from_pretrained(sys.argv[1]).forward_process).__name__)
 """
 
 
 def test_own_method_from_data_to_a_fresh_process(tmp_path, monkeypatch):
-    (tmp_path / "own_part.py").write_text(PART)
+    (tmp_path / "process_share.py").write_text(PART)
     monkeypatch.syspath_prepend(str(tmp_path))
-    from own_part import OwnForwardProcess
+    from process_share import OwnForwardProcess
 
-    def build(config, categories, frame):
-        detector = build_deco_diff(config, categories, frame)
+    def build(config, categories, processor):
+        detector = build_deco_diff(config, categories, processor)
         detector.register_modules(forward_process=OwnForwardProcess(patch_sizes=(2,), patch_probabilities=(1.0,)))
         return detector
 
@@ -46,8 +46,8 @@ def test_own_method_from_data_to_a_fresh_process(tmp_path, monkeypatch):
     model = tmp_path / "run" / "model"
     elsewhere = subprocess.run([sys.executable, "-c", LOAD, model], cwd=tmp_path, capture_output=True, text=True)
     refused, opened = elsewhere.stdout.splitlines() or [elsewhere.stderr, ""]
-    assert "'own_part', which is not imported" in refused and opened == "OwnForwardProcess"
+    assert "'process_share', which is not imported" in refused and opened == "OwnForwardProcess"
 
-    monkeypatch.delattr(sys.modules["own_part"], "OwnForwardProcess")
+    monkeypatch.delattr(sys.modules["process_share"], "OwnForwardProcess")
     with pytest.raises(InputError, match="no part 'OwnForwardProcess'"):
         AnomalyDetector.from_pretrained(model)

@@ -18,12 +18,15 @@ from scipy.ndimage import label as label_regions
 from sklearn import metrics as reference
 
 from adiff import metrics
-from adiff.audio import LogMel, read_sound
-from adiff.codecs import PixelCodec, WaveletCodec
+from adiff.data.sounds import LogMel, read_sound
+from adiff.codecs.pixels import PixelCodec
+from adiff.codecs.wavelets import WaveletCodec
 from adiff.core import InputError, derive_seed, read_json, write_json
-from adiff.data import PROTOCOLS, Protocol, read_dataset, read_image, to_array, to_tensor
-from adiff.deviation import MaskedForwardProcess, official_patches, random_patch_mask, shuffle_patches
-from adiff.wavelets import WaveletPacket1d, WaveletPacket2d, orthogonal_wavelets, wavelet_decompose, wavelet_reconstruct
+from adiff.data.images import PROTOCOLS, ImageProcessor, read_image, to_array, to_tensor
+from adiff.data.reading import read_dataset
+from adiff.diffusion.masked import MaskedForwardProcess, official_patches, random_patch_mask, shuffle_patches
+from adiff.codecs.wavelets import (WaveletPacket1d, WaveletPacket2d, orthogonal_wavelets, wavelet_decompose,
+    wavelet_reconstruct)
 
 # the same examples every time, so that a test does not fail by chance for someone who changed something else
 settings.register_profile("adiff", derandomize=True, deadline=None, max_examples=150, database=None,
@@ -60,15 +63,15 @@ def pictures(draw):
     return Image.frombytes(mode, size, rng.bytes(len(Image.new(mode, size).tobytes())))
 
 
-@given(pictures(), st.sampled_from([*PROTOCOLS.values(), Protocol("small", 24, 16)]))
+@given(pictures(), st.sampled_from([*PROTOCOLS.values(), ImageProcessor("small", 24, 16)]))
 def test_any_picture_becomes_a_frame_or_is_refused(picture, protocol):
     try:
-        frame = protocol.load(picture)
+        processor = protocol.load(picture)
     except InputError as error:
         assert picture.mode in ("F", "I") and str(error).isprintable()
         return
-    assert frame.shape == (3, protocol.size, protocol.size) and frame.dtype == torch.float32
-    assert frame.min() >= -1 and frame.max() <= 1
+    assert processor.shape == (3, protocol.size, protocol.size) and processor.dtype == torch.float32
+    assert processor.min() >= -1 and processor.max() <= 1
     rgb = read_image(picture)
     assert rgb.mode == "RGB" and rgb.size == picture.size
     mask = protocol.mask(picture)
@@ -108,7 +111,7 @@ def test_to_array_undoes_to_tensor(values):
 @given(st.integers(8, 64), st.data(), st.integers(1, 90), st.integers(1, 90))
 def test_a_map_is_placed_where_its_frame_was(resize, data, width, height):
     crop = data.draw(st.none() | st.integers(1, resize))
-    protocol = Protocol("any", resize, crop)
+    protocol = ImageProcessor("any", resize, crop)
     ones = protocol.place(np.ones((protocol.size,) * 2), (width, height))
     assert ones.shape == (height, width) and set(np.unique(ones.round(6))) <= {0, 1}
     for axis, length in ((0, height), (1, width)):  # the centres of the pixels that lie inside the crop, by definition
@@ -341,12 +344,12 @@ def test_counts_of_tiny_maps_are_exact(made):
 @settings(max_examples=25)
 def test_any_sound_becomes_a_finite_picture(channels, seconds, rate, loudness, seed):
     samples = np.random.default_rng(seed).uniform(-loudness, loudness, (max(channels, math.ceil(seconds * rate)), channels))
-    frame = LogMel(seconds=1.0, size=50)
-    pictures = [frame.load((samples, rate), window) for window in frame.windows((samples, rate))]
+    processor = LogMel(seconds=1.0, size=50)
+    pictures = [processor.load((samples, rate), window) for window in processor.windows((samples, rate))]
     assert all(picture.shape == (1, 50, 50) and picture.isfinite().all() and picture.min() >= -1 for picture in pictures)
     waveform = read_sound((samples, rate), 16000)
     assert abs(len(waveform) - len(samples) * 16000 / rate) <= 2 and waveform.isfinite().all()
-    starts = frame.windows((samples, rate))
+    starts = processor.windows((samples, rate))
     assert starts[0] == 0 and all(0 < later - earlier <= 0.5 + 1e-9 for earlier, later in zip(starts, starts[1:]))
     assert starts[-1] + 1.0 >= len(samples) / rate - 1 / 16000
 

@@ -20,7 +20,7 @@ INCONSISTENT = {*(("RD4AD", "mvtec_ad", metric) for metric in ("pixel_ap", "pixe
 @pytest.fixture(scope="module")
 def published(repository):
     return pd.read_csv(repository / "nbs/experiments/published.csv", keep_default_na=False).assign(
-        value=lambda frame: pd.to_numeric(frame["value"].replace("", None)))
+        value=lambda processor: pd.to_numeric(frame["value"].replace("", None)))
 
 
 def number(published, method, dataset, metric, category="mean"):

@@ -10,9 +10,9 @@ import pytest
 from click.testing import CliRunner
 
 from adiff import experiment
-from adiff.cli import main
-from adiff.demo_data import make_demo_data
-from adiff.demo_sounds import make_demo_sounds
+from adiff.runs.command_line import main
+from adiff.data.demo_images import make_demo_data
+from adiff.data.demo_sounds import make_demo_sounds
 
 
 def blocks(repository, language):

@@ -16,9 +16,9 @@ import psutil
 import pytest
 
 from adiff.core import InputError
-from adiff.engines import make_engine
-from adiff.matrix import matrices_folder, plan, read_matrix
-from adiff.reproduce import _carry_out, _write_run, describe_plan, reproduce, state
+from adiff.lab.engines import make_engine
+from adiff.lab.matrix import matrices_folder, plan, read_matrix
+from adiff.lab.reproduce import _carry_out, _write_run, describe_plan, reproduce, state
 
 KERNEL = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
 MOMENT = "{length: 6, batch_size: 4, augmentations: [], checkpoint_every: 2}"
@@ -147,7 +147,7 @@ def test_submitit_gives_the_same_metrics(small_matrix, local_run):
     def stop_one():
         while not stopped:
             if list(out.glob("runs/*/log.txt")):
-                runs = [one for one in psutil.process_iter(["cmdline"]) if {"adiff.engines", "--child"} <= set(one.info["cmdline"] or ())]
+                runs = [one for one in psutil.process_iter(["cmdline"]) if {"adiff.lab.engines", "--child"} <= set(one.info["cmdline"] or ())]
                 stopped.extend(one for one in runs if any(part.startswith(str(out)) for part in one.info["cmdline"]))
             time.sleep(0.05)
         stopped[0].terminate()
@@ -327,7 +327,7 @@ def test_shipped_matrices_are_valid(path, tmp_path, urban_tree):
             pytest.importorskip("soundfile")
             write_urban_sounds(data[name])
         else:
-            from adiff.demo_data import make_demo_data
+            from adiff.data.demo_images import make_demo_data
             made = make_demo_data(tmp_path / "made", categories=("cup",), train=2, good=1, per_defect=1)
             for category in categories - {"all"}:
                 shutil.copytree(made / "cup", data[name] / category)
@@ -342,7 +342,7 @@ def write_urban_sounds(root):
     import numpy as np
     import soundfile
 
-    from adiff.urbansound8k import CLASSES
+    from adiff.data.urbansound8k import CLASSES
     rows = []
     for fold in (1, 2, 10):
         for number, name in enumerate(CLASSES):

@@ -6,15 +6,18 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from adiff.adiff import build_adiff
+from adiff.methods.adiff import build_adiff
 from adiff.core import InputError
-from adiff.data import OFFICIAL, read_dataset
-from adiff.demo_data import make_demo_data
-from adiff.discrepancy import DeviationDiscrepancy, cosine_discrepancy
-from adiff.experiment import resolve_config
-from adiff.features import BACKBONES, FeatureCodec, FrozenFeatures, WideResNet50, load_features
-from adiff.semantic import SemanticDiscrepancy
-from adiff.training import held_out_scores, normal_maps, normal_scores
+from adiff.data.images import OFFICIAL
+from adiff.data.reading import read_dataset
+from adiff.data.demo_images import make_demo_data
+from adiff.scores.deviation import DeviationDiscrepancy
+from adiff.scores.discrepancy import cosine_discrepancy
+from adiff.methods.registry import resolve_config
+from adiff.codecs.backbones import BACKBONES, FrozenFeatures, WideResNet50, load_features
+from adiff.codecs.features import FeatureCodec
+from adiff.scores.semantic import SemanticDiscrepancy
+from adiff.training.train import held_out_scores, normal_maps, normal_scores
 
 
 @pytest.fixture

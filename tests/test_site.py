@@ -14,8 +14,8 @@ from bs4 import BeautifulSoup
 
 from adiff import site
 from adiff.core import InputError, write_json
-from adiff.demo_data import make_demo_data
-from adiff.site import write_site
+from adiff.data.demo_images import make_demo_data
+from adiff.lab.site import write_site
 
 OVERRIDES = {"image_size": 32, "wavelet_levels": 2, "length": 2, "batch_size": 4, "augmentations": []}
 STRANGE = '<b>&"x'
@@ -177,7 +177,7 @@ def test_another_folder_and_runs_that_left(matrix, tmp_path):
 
 
 def test_import_leaves_torch_alone():
-    code = "import adiff.site, sys; print([name for name in ('torch', 'nbconvert') if name in sys.modules])"
+    code = "import adiff.lab.site, sys; print([name for name in ('torch', 'nbconvert') if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 

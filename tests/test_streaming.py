@@ -11,12 +11,13 @@ import torch
 from PIL import Image
 
 from adiff import AnomalyDetector, detection, experiment, metrics
-from adiff.audio import LogMel
+from adiff.data.sounds import LogMel
 from adiff.core import InputError
-from adiff.data import read_dataset
-from adiff.demo_data import make_demo_data
-from adiff.detection import JoinedWindows, detect_files
-from adiff.experiment import detect_rows, evaluate, fit
+from adiff.data.reading import read_dataset
+from adiff.data.demo_images import make_demo_data
+from adiff.runs.detect import JoinedWindows, detect_files
+from adiff.runs.evaluate import detect_rows, evaluate
+from adiff.runs.fit import fit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = {"image_size": 32, "wavelet_levels": 2, "length": 6, "batch_size": 4, "augmentations": [], "discrepancy_levels": ["pixel", "latent"]}
@@ -61,7 +62,7 @@ def test_metrics_from_files_are_those_from_memory(cup, monkeypatch):
     dataset, detector = read_dataset(cup / "demo"), AnomalyDetector.from_pretrained(cup / "run/model")
     rows = dataset.select("test")
     out = detector([dataset.root / path for path in rows.path], batch_size=4)
-    masks = np.stack([dataset.mask(row, detector.frame) for row in rows.itertuples()])
+    masks = np.stack([dataset.mask(row, detector.processor) for row in rows.itertuples()])
     for name, value in {**metrics.image_metrics(rows.label, out.scores), **metrics.pixel_metrics(masks, out.maps)}.items():
         assert name == "notes" or found["mean"][name] == pytest.approx(value, abs=1e-6)
     share = f"a constant map would have pixel AP {masks.mean():.3f}"
@@ -96,7 +97,7 @@ def test_the_loudest_window_is_found_across_batches(hums, batch_size):
     maps, _ = detect_rows(detector, dataset, rows, batch_size)
     assert maps["anomaly"].shape == whole.maps.shape and np.allclose(maps["anomaly"], whole.maps, rtol=0, atol=1e-6)
     windows = [window for batch, *_ in experiment.detect_batches(detector, dataset, rows, batch_size) for window in batch]
-    shown = torch.stack([detector.frame.load(path, window) for path, window in zip(paths, windows)])
+    shown = torch.stack([detector.processor.load(path, window) for path, window in zip(paths, windows)])
     assert np.allclose(detector(shown).scores, whole.scores, rtol=0, atol=1e-6) and len({*windows}) > 3
 
 
@@ -124,7 +125,7 @@ def test_detection_does_not_depend_on_batches(hums, tmp_path, batch_size):
     detector = AnomalyDetector.from_pretrained(hums / "run/model")
     assert np.allclose(detector(good.path.tolist()).scores, good.score.astype(float), rtol=1e-6)
     windows = pd.read_csv(tmp_path / "out/windows.csv")
-    starts = [detector.frame.windows(path) for path in good.path]
+    starts = [detector.processor.windows(path) for path in good.path]
     assert windows.start.tolist() == pytest.approx(sum(starts, [])) and windows.path.tolist() == sum(
         ([path] * len(own) for path, own in zip(good.path, starts)), [])
     assert np.allclose(windows.groupby("path").score.max(), good.score.astype(float))
@@ -154,9 +155,9 @@ def test_a_sound_that_breaks_off_half_way_has_an_error_and_no_windows(hums, tmp_
 
 @pytest.mark.parametrize("seconds, shared", [(3, 1), (4, 1), (9.3, 1), (128, 1), (129, 2), (3 * 3600, 85)])
 def test_a_picture_of_any_length(seconds, shared):
-    frame = LogMel()
-    starts = frame.windows((np.broadcast_to(np.float32(0), int(seconds * 16000)), 16000))
-    joined, events = JoinedWindows(frame, starts), (0, len(starts) // 2, len(starts) - 1)
+    processor = LogMel()
+    starts = processor.windows((np.broadcast_to(np.float32(0), int(seconds * 16000)), 16000))
+    joined, events = JoinedWindows(processor, starts), (0, len(starts) // 2, len(starts) - 1)
     for index, start in enumerate(starts):
         tensor = torch.zeros(1, 128, 128)
         tensor[0, 5, 77] = index in events  # one column of thousands
@@ -169,7 +170,7 @@ def test_a_picture_of_any_length(seconds, shared):
 MEMORY = """
 import resource, sys
 from pathlib import Path
-from adiff.detection import detect_files
+from adiff.runs.detect import detect_files
 
 def peak(name):
     detect_files(sys.argv[1], [Path(sys.argv[2]) / name], Path(sys.argv[2]) / "out", device="cpu")

@@ -11,9 +11,11 @@ import pytest
 
 from adiff import experiment, metrics, tables
 from adiff.core import InputError, read_json, write_json
-from adiff.demo_data import make_demo_data
-from adiff.demo_sounds import make_demo_sounds
-from adiff.experiment import evaluate, fit, run_each
+from adiff.data.demo_images import make_demo_data
+from adiff.data.demo_sounds import make_demo_sounds
+from adiff.runs.each_category import run_each
+from adiff.runs.evaluate import evaluate
+from adiff.runs.fit import fit
 
 MOMENT = {"image_size": 32, "wavelet_levels": 2, "length": 2, "batch_size": 2, "augmentations": []}
 
@@ -190,11 +192,11 @@ def test_overview_and_categories(out, tidy):
     assert overview.links.iloc[0, 0] == str(out / "runs/deco-seed0-00000000/notebook.ipynb") and set(overview.runs) == {"deco-seed0",
                                                                                                                         "deco-seed1"}
     assert any("protocol official" in note for note in overview.notes) and sum("held-out" in note for note in overview.notes) == 1
-    assert overview.frame.loc["deco, no_thing & 50%", "network calls"] == "1"
+    assert overview.processor.loc["deco, no_thing & 50%", "network calls"] == "1"
     rows = made["demo & <b>, per-category: AUPRO by category"]
     assert list(rows.frame.index) == ["brick", "cup", "mean"] and "±" not in rows.frame.iloc[0, 0]
     (sounds,) = (table for title, table in made.items() if title == "pumps, per-category: all variants")
-    assert "clip pAUC" in sounds.frame and not any("pixel" in name or "image" in name for name in sounds.frame)
+    assert "clip pAUC" in sounds.processor and not any("pixel" in name or "image" in name for name in sounds.processor)
     assert not any("mean over 0 of" in note for table in made.values() for note in table.notes)
 
 
@@ -207,7 +209,7 @@ def test_notes_say_of_what_they_hold(tmp_path):
 
 def test_harmonic_means_of_sounds(tmp_path):
     synthetic_run(tmp_path / "run", kind="sound", dataset="machines")
-    overview = tables.tables(tables.collect(tmp_path))[0].frame
+    overview = tables.tables(tables.collect(tmp_path))[0].processor
     assert list(overview)[:6] == ["clip AUROC", "clip AP", "clip F1-max", "clip pAUC", "clip AUROC, harmonic mean",
                                   "clip pAUC, harmonic mean"]
 
@@ -227,7 +229,7 @@ def test_ours_against_published(tmp_path):
     ours = 100 * tidy[tidy.metric == "image_auroc"].value.mean()
     shown = mean.frame[["image AUROC", "image AUROC gap"]].to_numpy().tolist()
     assert shown[1:4] == [["98.0 (all)", "not available"], ["65.0", f"{ours - 65:+.1f}"], ["not available", "not available"]]
-    assert by_category.frame.loc["mean", "Rival"] == "65.0" and by_category.frame.loc["bottle", "DeCo-Diff (x)"] == "not available"
+    assert by_category.processor.loc["mean", "Rival"] == "65.0" and by_category.processor.loc["bottle", "DeCo-Diff (x)"] == "not available"
     assert any("Rival, V: S" == note for note in by_category.notes)
 
 
@@ -237,7 +239,7 @@ def test_printed_means_count_for_a_whole_dataset(tmp_path):
     synthetic_run(tmp_path / "run", dataset="visa", categories=names)
     tidy = tables.collect(tmp_path)
     made = tables.tables(tidy, theirs)
-    (mean,) = (table.frame for table in made if table.title.endswith("against published numbers"))
+    (mean,) = (table.processor for table in made if table.title.endswith("against published numbers"))
     printed = theirs.query("dataset == 'visa' and method == 'DeCo-Diff (HEAD)' and category == 'mean' and metric "
                            "== 'image_auroc'").value.iloc[0]
     ours = 100 * tidy[tidy.metric == "image_auroc"].value.mean()
@@ -298,7 +300,7 @@ def test_markdown_stays_a_table(tidy):
 
 
 def test_tables_are_quick_to_import():
-    code = ("import sys, adiff.tables, adiff.metrics; "
+    code = ("import sys, adiff.lab.tables, adiff.scores.metrics; "
             "print(json.dumps([name for name in ('torch', 'matplotlib', 'diffusers') if name in sys.modules]))")
     printed = subprocess.run([sys.executable, "-c", f"import json\n{code}"], capture_output=True, text=True, check=True).stdout
     assert json.loads(printed) == []

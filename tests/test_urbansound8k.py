@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 from adiff.core import InputError
-from adiff.data import read_dataset
-from adiff.urbansound8k import CLASSES, RARE_EVENTS, read_urbansound8k
+from adiff.data.reading import read_dataset
+from adiff.data.urbansound8k import CLASSES, RARE_EVENTS, read_urbansound8k
 
 COLUMNS = ["slice_file_name", "fsID", "start", "end", "salience", "fold", "classID", "class"]
 PROBLEMS = (*CLASSES, "rare_events")

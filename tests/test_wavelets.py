@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from diffusers import UNet2DModel
 
-from adiff.codecs import WaveletCodec
+from adiff.codecs.wavelets import WaveletCodec
 from adiff.core import InputError
-from adiff.wavelets import (WaveletDownsample, WaveletPacket1d, WaveletPacket2d, WaveletUpsample, band_names,
-                            band_statistics, orthogonal_wavelets, wavelet_decompose, wavelet_reconstruct, weight_bands)
+from adiff.codecs.wavelets import (WaveletDownsample, WaveletPacket1d, WaveletPacket2d, WaveletUpsample, band_names,
+    band_statistics, orthogonal_wavelets, wavelet_decompose, wavelet_reconstruct, weight_bands)
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
