@@ -149,7 +149,7 @@ print(json.dumps({"said": said, "hidden": "mirrored_secret" in sys.modules}))
 
 def test_from_python_in_a_fresh_process(child, site, run, line, tmp_path):
     "Names and parts are found; a model folder still cannot name a module that nobody offered."
-    install(tmp_path, "mirrored-more", {"mirrored_secret.py": "raise SystemExit('imported')"}, {"adiff.codecs.codec": {}})
+    install(tmp_path, "mirrored-more", {"mirrored_secret.py": "raise SystemExit('imported')"}, {"adiff.codecs": {}})
     stranger = tmp_path / "stranger"
     stranger.mkdir()
     (stranger / "model_index.json").write_text(json.dumps({**index(run), "forward_process": ["mirrored_secret", "MirroredPatches"]}))
@@ -169,7 +169,7 @@ def test_bad_packages_are_named_in_one_line(child, line, tmp_path):
     rude = tmp_path / "rude"
     install(rude, "rude", {"rude.py": "raise OSError('no\\nluck')", "plain.py": "made = {}"},
             {"adiff.methods": {"deco": "plain:made", "rude": "rude:made", "plain": "plain:made", "gone": "plain:gone"},
-             "adiff.codecs.codec": {"opponent": "plain:made"}})
+             "adiff.codecs": {"opponent": "plain:made"}})
     fit = ("adiff", "fit")
     message = one_line(child(*fit, "decoo", line, "--out", tmp_path / "x", more=[rude]))
     assert re.search(r"unknown method 'decoo'; known: .*\bdeco, .*deco-mirrored.*rude", message)
