@@ -263,7 +263,7 @@ def test_a_conversion_is_killed(shared, finish, start, tmp_path):
         assert not (tmp_path / "model").exists() or files_of(tmp_path / "model") == whole_model
     shutil.rmtree(tmp_path / "model", ignore_errors=True)
     with pytest.MonkeyPatch.context() as patch:  # certainly in the middle: what such a kill leaves
-        patch.setattr("adiff.core._remove", lambda path: None)
+        patch.setattr("adiff.core._discard", lambda folder, lock: lock.release())
         with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "model"):
             raise KeyboardInterrupt
     assert list(tmp_path.iterdir())
@@ -276,7 +276,8 @@ def test_leftovers_of_the_living_stay(tmp_path):
         remove_leftovers(tmp_path)
         assert path.exists() and folder.exists()
     (tmp_path / ".hidden").write_text("not ours")
-    (tmp_path / ".scores.csv.tmp-abcdefgh.csv").write_text("of a killed process")
+    (tmp_path / ".scores.csv.tmp-abcdefgh").mkdir()
+    (tmp_path / ".scores.csv.tmp-abcdefgh/scores.csv").write_text("of a killed process")
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs/.model.tmp-abcdefgh").mkdir()
     remove_leftovers(tmp_path, skip="runs")
