@@ -12,22 +12,24 @@ from importlib import import_module
 # %% ../nbs/99_package.ipynb #d4e8fa37
 __version__ = "0.1.0"
 
-warnings.filterwarnings("ignore", "IProgress not found")  # tqdm, to whoever has no ipywidgets: our bars are text
+warnings.filterwarnings("ignore", "IProgress not found")  # tqdm says so without ipywidgets; our bars are text
 
-_homes = {
-    "AnomalyDetector": "detector.pipeline",
-    "InputError": "core",
-    "evaluate": "runs.evaluate",
-    "fit": "runs.fit",
-    "load_codec": "codecs.load",
-    "read_dataset": "data.reading",
+_homes = {  # name -> where it is: module and name there
+    "AnomalyDetector": "detector.pipeline.AnomalyDetector",
+    "InputError": "core.InputError",
+    "detect": "runs.detect.detect_files",
+    "evaluate": "runs.evaluate.evaluate",
+    "fit": "runs.fit.fit",
+    "load_codec": "codecs.load.load_codec",
+    "read_dataset": "data.reading.read_dataset",
 }
 
 
 def __getattr__(name):
     if name not in _homes:
         raise AttributeError(f"module 'adiff' has no attribute {name!r}; it has {', '.join(sorted(_homes))}")
-    return getattr(import_module(f"adiff.{_homes[name]}"), name)
+    module, _, there = _homes[name].rpartition(".")
+    return getattr(import_module(f"adiff.{module}"), there)
 
 
 def __dir__():
