@@ -3,7 +3,7 @@ import argparse
 import sys
 
 from adiff.core import InputError
-from adiff.data.files.demo_images import make_demo_data
+from adiff.data.demo_images import make_demo_data
 
 
 def main():

@@ -9,7 +9,7 @@ import pytest
 import soundfile
 import torch
 
-from adiff import audio
+from adiff.data import sounds
 from adiff.data.sounds import LogMel, find_sounds, load_torchaudio, read_sound, sound_seconds
 from adiff.core import InputError
 
@@ -235,6 +235,6 @@ def test_real_clips(shared):
     fitted = processor.fitted(clips)
     for path in clips:
         waveform = processor.read(path)
-        assert abs(len(waveform) / RATE - sound_seconds(path)) < 1e-3 and not audio._truncated(path)
+        assert abs(len(waveform) / RATE - sound_seconds(path)) < 1e-3 and not sounds._truncated(path)
         tensor = fitted.tensor(waveform)
         assert tensor.shape == (1, 128, 128) and tensor.isfinite().all() and tensor.abs().max() < 5
