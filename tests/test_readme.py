@@ -1,27 +1,41 @@
-"""What the README shows works: its python block and its adiff commands run as they stand, with a shorter training."""
+"""What the README and the documentation pages show works: python blocks, commands, links; with a shorter training."""
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import papermill
 import pytest
 from click.testing import CliRunner
 
-from adiff import experiment
-from adiff.runs.command_line import main
 from adiff.data.demo_images import make_demo_data
 from adiff.data.demo_sounds import make_demo_sounds
+from adiff.methods.configuration import merged, parse_assignments
+from adiff.methods.registry import METHODS, resolve_config
+from adiff.runs.command_line import main
+
+PAGES = ["README.md", *(f"nbs/docs/{name}.md" for name in (
+    "own_files", "trouble", "deployment", "reproduce", "results", "sounds", "ablations", "speed", "glossary"))]
+ELSEWHERE = {"reproduce", "table", "benchmark", "convert-official"}  # carried out by tests of their own
 
 
 def blocks(repository, language):
-    return re.findall(rf"```{language}\n(.*?)```", (repository / "README.md").read_text(), re.DOTALL)
+    return [block for page in PAGES
+            for block in re.findall(rf"```{language}\n(.*?)```", (repository / page).read_text(), re.DOTALL)]
+
+
+def adiff_commands(repository, *names):
+    "The arguments of every command `adiff ...` of the pages, those of the commands `names` only, if given."
+    lines = "".join(blocks(repository, "sh")).replace("\\\n", "").splitlines()
+    commands = [shlex.split(line.split("#")[0])[1:] for line in lines if line.startswith("adiff ")]
+    return [command for command in commands if not names or command[0] in names]
 
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch, urban_tree):
-    "A folder with the data that the README speaks of; presets train for a moment only."
+    "A folder with the data that the pages speak of; presets train for a moment only."
     data = make_demo_data(tmp_path / "data" / "mvtec_ad", categories=("brick",), train=8, good=2, per_defect=1)
     (data / "brick").rename(data / "bottle")
     shutil.copytree(data / "bottle/train/good", tmp_path / "photos/normal")
@@ -32,24 +46,12 @@ def workplace(tmp_path, monkeypatch, urban_tree):
     shutil.copytree(pump / "test/knock", tmp_path / "recordings/new")
     urban_tree(tmp_path / "data/urbansound8k")
     for method, size in (("deco", 32), ("adiff", 64)):
-        monkeypatch.setitem(experiment.METHODS[method].presets, "cpu", dict(
-            experiment.METHODS[method].presets["cpu"], length=6, image_size=size, wavelet_levels=2, batch_size=4, augmentations=[]))
+        presets = METHODS[method].presets
+        short = {"codec": {"levels": 2}, "data": {"image_size": size},
+                 "training": {"length": 6, "batch_size": 4, "augmentations": []}}
+        monkeypatch.setitem(presets, "cpu", merged(presets["cpu"], short))
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def test_python_block(repository, workplace):
-    (block,) = blocks(repository, "python")
-    names = {}
-    exec(compile(block, "README.md", "exec"), names)
-    assert names["result"].maps.shape == (1, 256, 256)
-    assert names["detector"].config.categories == ["normal"]
-
-
-def adiff_commands(repository):
-    lines = [line.split("#")[0] for block in blocks(repository, "sh") for line in block.replace("\\\n", "").splitlines()
-             if line.startswith("adiff ")]
-    return [shlex.split(line)[1:] for line in lines]
 
 
 def run(*arguments):
@@ -58,33 +60,60 @@ def run(*arguments):
     return result.output
 
 
+def test_readme_is_short(repository):
+    assert len((repository / "README.md").read_bytes()) <= 6000
+
+
+def test_python_blocks(repository, workplace):
+    (block,) = set(blocks(repository, "python"))  # the same on two pages
+    names = {}
+    exec(compile(block, "README.md", "exec"), names)
+    assert names["result"].maps.shape == (1, 256, 256)
+    assert names["detector"].config.categories == ["normal"]
+
+
 def test_adiff_commands(repository, workplace):
-    commands = [command for command in adiff_commands(repository) if command[0] not in ("reproduce", "table", "benchmark")]
-    names = " ".join(command[0] for command in commands)
-    assert names == "demo fit detect fit detect doctor export tensorboard fit evaluate fit"
+    commands = [command for command in adiff_commands(repository)
+                if command[0] not in ELSEWHERE and "-o" not in command]
+    assert " ".join(command[0] for command in commands) == "fit detect fit detect fit evaluate fit doctor export demo"
     for command in commands:
         run(*command)
-    (example,) = re.findall(r"^python (nbs/tutorials/.*)$", (repository / "README.md").read_text(), re.MULTILINE)
-    subprocess.run([sys.executable, repository / example.split()[0], *example.split()[1:]], check=True)
-    for made in ("detections/scores.csv", "runs/bottle/report.html", "heard/windows.csv", "runs/demo_audio/run_sounds/report.html",
-                 "runs/svm/siren/metrics.json", "found.png", "runs/mine/tensorboard"):
+    text = (repository / "nbs/docs/deployment.md").read_text()
+    program, *arguments = shlex.split(re.search(r"^python nbs/tutorials/(.*)$", text, re.MULTILINE)[1])
+    subprocess.run([sys.executable, repository / "nbs/tutorials" / program, *arguments], check=True)
+    for made in ("detections/scores.csv", "runs/bottle/report.html", "heard/windows.csv",
+                 "runs/demo_audio/run_sounds/report.html", "runs/svm/siren/metrics.json", "found.png"):
         assert (workplace / made).exists(), made
     shutil.copytree("runs/bottle", "reproduced/demo/runs/bottle")  # test_reproduce.py carries matrices out
-    (table,) = [command for command in adiff_commands(repository) if command[0] == "table"]
+    (table,) = adiff_commands(repository, "table")
     assert "bottle" in run(*table)
 
 
-def test_benchmark_commands_are_understood(repository):
-    "What they do is left to test_benchmark.py."
-    commands = [command[1:] for command in adiff_commands(repository) if command[0] == "benchmark"]
+def test_overrides_of_the_pages_are_known(repository):
+    "Every `-o` and every nested object of the pages is a change that DeCo-Diff's configuration takes."
+    for command in adiff_commands(repository, "fit"):
+        changes = [value for key, value in zip(command, command[1:]) if key == "-o"]
+        resolve_config(command[1], overrides=parse_assignments(changes))
+    text = "\n".join((repository / page).read_text() for page in PAGES)
+    paths = re.findall(r"-o ([a-z_]+\.[a-z_]+=[\w.]+)", text)
+    assert len(paths) >= 4
+    for path in paths:
+        assert resolve_config("deco", overrides=parse_assignments([path]))
+
+
+def test_commands_that_others_carry_out_are_understood(repository):
+    commands = adiff_commands(repository, "benchmark")
     assert len(commands) == 2
     for command in commands:
-        assert main.commands["benchmark"].make_context("benchmark", list(command)).params["sizes"] == "XS,S"
+        understood = main.commands["benchmark"].make_context("benchmark", list(command[1:]))
+        assert understood.params["sizes"] == "XS,S"
+    (command,) = adiff_commands(repository, "convert-official")
+    assert command[1:] == ["CHECKPOINT.pt", "models/official"]
 
 
 def test_matrices_plan(repository, workplace):
-    "Every reproduce command of the README plans its runs; where they would be carried out is left to test_reproduce.py."
-    commands = [command for command in adiff_commands(repository) if command[0] == "reproduce"]
+    "Every reproduce command plans its runs; where they would be carried out is left to test_reproduce.py."
+    commands = adiff_commands(repository, "reproduce")
     assert len(commands) >= 9 and {"demo", "deco_mvtec", "ablation_deco", "ablation_adiff",
                                    "baselines"} <= {command[1] for command in commands}
     for command in commands:
@@ -98,7 +127,7 @@ def test_matrices_plan(repository, workplace):
 
 
 def test_named_files_and_parameters_exist(repository):
-    text = (repository / "README.md").read_text()
+    text = "\n".join((repository / page).read_text() for page in PAGES).replace("\\\n", "")
     for name in re.findall(r"(?:data_scripts|nbs)/[\w/]+\.(?:py|ipynb)", text):
         assert (repository / name).exists(), name
     commands = re.findall(r"^papermill (.*)$", text, re.MULTILINE)
@@ -106,7 +135,26 @@ def test_named_files_and_parameters_exist(repository):
     for command in commands:
         known = papermill.inspect_notebook(repository / shlex.split(command)[0])
         assert set(re.findall(r"-p (\w+)", command)) <= set(known), command
-    help_text = subprocess.run([sys.executable, repository / "data_scripts/mvtec_ad.py", "--help"], capture_output=True, text=True).stdout
+    script = [sys.executable, repository / "data_scripts/mvtec_ad.py", "--help"]
+    help_text = subprocess.run(script, capture_output=True, text=True).stdout
     assert "--out" in help_text and "--archive" in help_text
-    for target in re.findall(r"`make (\w+)`", text):
-        assert re.search(rf"^{target}:", (repository / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_make_targets_exist(repository):
+    "Those that the pages name, and those that continuous integration calls."
+    text = "\n".join((repository / page).read_text() for page in (*PAGES, "CONTRIBUTING.md"))
+    matrix = re.search(r"target: \[(.*)\]", (repository / ".github/workflows/test.yml").read_text())[1].split(", ")
+    targets = {*re.findall(r"(?:`|^)make (\w+)\b", text, re.MULTILINE), *matrix}
+    assert {"demo", "test", "docs"} <= targets
+    for target in targets:
+        assert re.search(rf"^{target}:", (repository / "Makefile").read_text(), re.MULTILINE), target
+
+
+def test_no_link_to_a_file_is_broken(repository):
+    pages = [page for folder in (".", "nbs", "nbs/docs", "nbs/cards") for page in (repository / folder).glob("*.md")]
+    assert len(pages) > 15
+    for page in pages:
+        prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+        for target in re.findall(r"\]\(([^)#\s]+)", prose):
+            if not re.match(r"https?:|mailto:", target):
+                assert (page.parent / Path(target)).exists(), (page.name, target)
