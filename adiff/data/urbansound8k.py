@@ -11,18 +11,18 @@ import os
 from pathlib import Path, PurePath
 
 import pandas as pd
+from sklearn.metrics import roc_auc_score
 
 from ..core import InputError, unknown_name
-from .dataset import _chosen, Dataset
+from .dataset import COLUMNS, Dataset, chosen_categories, register_reader
 from .files import kind_of
 from .layouts import read_csv_table
-from ..scores.metrics import image_metrics
 
 # %% ../../nbs/data/06_urbansound8k.ipynb #7278f909
 CLASSES = ("air_conditioner", "car_horn", "children_playing", "dog_bark", "drilling", "engine_idling", "gun_shot",
            "jackhammer", "siren", "street_music")
 RARE_EVENTS = ("car_horn", "gun_shot", "siren")
-_columns = ["slice_file_name", "fsID", "start", "end", "fold", "class"]
+_table_columns = ["slice_file_name", "fsID", "start", "end", "fold", "class"]
 
 # %% ../../nbs/data/06_urbansound8k.ipynb #955e2e39
 def _read_metadata(file):
@@ -30,7 +30,7 @@ def _read_metadata(file):
 
     Raises `InputError` naming the file and, where it can, the row.
     """
-    table = read_csv_table(file, _columns)
+    table = read_csv_table(file, _table_columns)
     start, end = (pd.to_numeric(table[name], errors="coerce") for name in ("start", "end"))
     clips = pd.DataFrame({"name": table.slice_file_name.map(lambda name: PurePath(name).stem), "recording": table.fsID,
                           "fold": table.fold, "sound": table["class"], "seconds": (end - start).round(3)})
@@ -45,14 +45,28 @@ def _read_metadata(file):
             raise InputError(f"{file}: row {clips.index[bad][0] + 2}: {why}")
     return clips.astype({"fold": int})
 
-# %% ../../nbs/data/06_urbansound8k.ipynb #93427992
-def _find_clips(root, table):
-    "The clips of `table` that have a file, with its path and sorted by it; and notes on it. No file is opened."
+# %% ../../nbs/data/06_urbansound8k.ipynb #459e2c24
+def _folds(folds):
+    "The numbers in words: fold 9; folds 1, 2 and 10; folds 1 to 8."
+    *most, last = sorted(set(folds))
+    if len(most) >= 2 and last - most[0] == len(most):
+        return f"folds {most[0]} to {last}"
+    return f"folds {', '.join(map(str, most))} and {last}" if most else f"fold {last}"
+
+# %% ../../nbs/data/06_urbansound8k.ipynb #5694e683
+def _sound_files(root):
+    "{(fold, name without suffix): path relative to `root`} of the clips that are there. No file is opened."
     files = {}  # where a clip is there in several formats the last wins: .wav, then .ogg, then .flac
     for fold in range(1, 11):
         for path in sorted((root/"audio"/f"fold{fold}").glob("*")):
             if kind_of(path) == "sound" and not path.name.startswith(".") and path.is_file():
                 files[fold, path.stem] = f"audio/fold{fold}/{path.name}"
+    return files
+
+# %% ../../nbs/data/06_urbansound8k.ipynb #93427992
+def _find_clips(root, table):
+    "The clips of `table` that have a file, with its path and sorted by it; and notes on it. No file is opened."
+    files = _sound_files(root)
     clips = table.assign(path=[files.pop(key, "") for key in zip(table.fold, table.name)])
     clips = clips[clips.path != ""].sort_values("path", ignore_index=True)
     if clips.empty:
@@ -66,14 +80,6 @@ def _find_clips(root, table):
     if other:
         notes.append(f"clips are stored as {' and '.join(other)}, not as the official .wav")
     return clips, notes
-
-
-def _folds(folds):
-    "The numbers in words: fold 9; folds 1, 2 and 10; folds 1 to 8."
-    *most, last = sorted(set(folds))
-    if len(most) >= 2 and last - most[0] == len(most):
-        return f"folds {most[0]} to {last}"
-    return f"folds {', '.join(map(str, most))} and {last}" if most else f"fold {last}"
 
 # %% ../../nbs/data/06_urbansound8k.ipynb #17a4949f
 def _held_out(train):
@@ -101,9 +107,9 @@ def _split_clips(file, clips):
         folds = _folds(clips.fold[clips.recording == min(both)])
         raise InputError(f"{file}: recording (fsID) {min(both)} has clips in {folds}; fold 10 is for testing and "
                          "must share none, so correct the table")
-    serve = [(word, _folds(clips.fold[split == name])) for word, name in
-             (("training", "train"), ("validation", "validation"), ("test", "test")) if (split == name).any()]
-    notes = ["; ".join(f"{word}: {folds}" for word, folds in serve)]
+    words = {"training": "train", "validation": "validation", "test": "test"}
+    notes = ["; ".join(f"{word}: {_folds(clips.fold[split == name])}" for word, name in words.items()
+                       if (split == name).any())]
     both = set(clips.recording[split == "train"]) & set(clips.recording[split == "validation"])
     leaking = (split == "validation") & clips.recording.isin(both)
     if both:
@@ -136,8 +142,19 @@ def _category_notes(category, rows):
         notes.append(f"{category}: test clips are all {'anomalous' if test.label.iloc[0] else 'normal'}, "
                      "so image-level metrics are undefined")
     elif len(train) and len(test):
-        found = image_metrics(test.label, (test.seconds - train.seconds.median()).abs())["image_auroc"]
+        found = roc_auc_score(test.label, (test.seconds - train.seconds.median()).abs())
         notes.append(f"{category}: duration alone has AUROC {found:.2f} on this test fold")
+    return notes
+
+# %% ../../nbs/data/06_urbansound8k.ipynb #5ec01aab
+def _protocol_notes(chosen):
+    "What the categories `chosen` mean."
+    notes = []
+    if set(chosen) & set(CLASSES):
+        notes.append("one-vs-rest (our protocol): the category is the normal class, the nine others are anomalous"
+                     + ("; train one detector per category" if len(chosen) > 1 else ""))
+    if "rare_events" in chosen:
+        notes.append(f"rare_events (our protocol): {', '.join(RARE_EVENTS)} are anomalous, the other seven normal")
     return notes
 
 # %% ../../nbs/data/06_urbansound8k.ipynb #0465a1df
@@ -152,7 +169,7 @@ def read_urbansound8k(root, categories="all"):
     """
     root = Path(os.path.abspath(root))
     every = isinstance(categories, str) and categories.strip() == "all"
-    chosen = list(CLASSES) if every else _chosen(categories, [*CLASSES, "rare_events"])
+    chosen = list(CLASSES) if every else chosen_categories(categories, [*CLASSES, "rare_events"])
     file = root/"metadata"/"UrbanSound8K.csv"
     clips, found = _find_clips(root, _read_metadata(file))
     clips, served = _split_clips(file, clips)
@@ -160,13 +177,14 @@ def read_urbansound8k(root, categories="all"):
     empty = [category for category in chosen if problems[category].empty]
     if empty and not every:
         raise InputError(f"{root}: holds no clip of {', '.join(empty)}; choose other categories or fetch more folds")
-    notes = found + served + [f"{category}: no clip is there" for category in empty]
-    if set(chosen) & set(CLASSES):
-        notes.append("one-vs-rest (our protocol): the category is the normal class, the nine others are anomalous"
-                     + ("; train one detector per category" if len(chosen) > 1 else ""))
-    if "rare_events" in chosen:
-        notes.append(f"rare_events (our protocol): {', '.join(RARE_EVENTS)} are anomalous, the other seven normal")
+    notes = found + served + [f"{category}: no clip is there" for category in empty] + _protocol_notes(chosen)
     notes += [note for category in chosen if category not in empty
               for note in _category_notes(category, problems[category])]
-    samples = pd.concat(problems.values(), ignore_index=True)[["path", "category", "split", "label", "defect", "mask"]]
+    samples = pd.concat(problems.values(), ignore_index=True)[COLUMNS]
     return Dataset(root, root.name, samples, notes, kind="sound")
+
+# %% ../../nbs/data/06_urbansound8k.ipynb #ecddbeec
+@register_reader("urbansound8k")
+def _read_if_urbansound8k(root, categories):
+    "The `Dataset`, or None for another layout."
+    return read_urbansound8k(root, categories) if (root/"metadata"/"UrbanSound8K.csv").is_file() else None
