@@ -29,7 +29,7 @@ faults: .venv/installed
 lock: .venv/installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[security]'
 	UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile --quiet --no-config --universal --generate-hashes --no-annotate --python-version 3.11 \
-	  -c constraints.txt --extra dev --extra docs setup.py -o requirements-lock.txt
+	  -c constraints.txt --extra dev --extra lab setup.py -o requirements-lock.txt
 
 audit: .venv/installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[security]'
@@ -40,7 +40,7 @@ audit: .venv/installed
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "adiff needs Python 3.11 or newer; run: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 2; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,docs]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,lab]'
 	@touch $@
 
 clean:

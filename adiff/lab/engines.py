@@ -23,6 +23,7 @@ import time
 from abc import ABC, abstractmethod
 from pathlib import Path
 
+from .matrix import need
 from ..core import (InputError, StopRequest, Terminated, atomic_path, ensure_folder, interrupt, locked,
     read_json, remove_leftovers, signals_to, unknown_name, write_json)
 
@@ -31,11 +32,12 @@ logger = logging.getLogger(__name__)
 
 
 def execute(folder, device="auto"):
-    """Carries out the run in `folder` (its run.json) with papermill; returns None, or the one line that says why it failed.
+    """Carries out the run in `folder` (its run.json) with papermill; returns None, or one line that says why it failed.
 
-    Writes notebook.ipynb, log.txt, and done.json or failed.json. A run that is done is left alone; one that was interrupted goes on
-    where its notebook can (parameter `resume`). Raises `InputError` if another process is at it, and after Ctrl-C or SIGTERM, which are
-    passed on to the notebook, `KeyboardInterrupt`: the run is not done then, but has not failed either.
+    Writes notebook.ipynb, log.txt, and done.json or failed.json. A run that is done is left alone; one that was
+    interrupted goes on where its notebook can (parameter `resume`). Raises `InputError` if another process is at it,
+    and after Ctrl-C or SIGTERM, which are passed on to the notebook, `KeyboardInterrupt`: the run is not done then,
+    but has not failed either.
     """
     folder = Path(folder)
     if not (folder/"run.json").is_file():
@@ -49,8 +51,9 @@ def execute(folder, device="auto"):
         own = {"out_dir": str(folder), "resume": True, "device": device}
         began, error, stop = time.monotonic(), None, StopRequest()
         try:
-            with signals_to(lambda number, processor: _stop_kernel(stop, number)):
-                _papermill(run["notebook"], folder, {**run["parameters"], **{key: own[key] for key in run["takes"] if key in own}})
+            with signals_to(lambda number, _: _stop_kernel(stop, number)):
+                _papermill(run["notebook"], folder, {**run["parameters"],
+                                                     **{key: own[key] for key in run["takes"] if key in own}})
         except Exception as problem:  # whatever a notebook raises is its result
             if stop.number or getattr(problem, "ename", None) in ("KeyboardInterrupt", "Terminated"):
                 interrupt(stop.number or signal.SIGINT)
@@ -63,9 +66,9 @@ def execute(folder, device="auto"):
             write_json(folder/"done.json", result)
         return error
 
-
+# %% ../../nbs/lab/01_engines.ipynb #ef4ffadf
 def _stop_kernel(stop, number):
-    "Notes the signal in `stop` and ends the notebook: a training in it writes a checkpoint, everything else stops at once."
+    "Notes the signal in `stop` and ends the notebook: a training writes a checkpoint, all else stops at once."
     import psutil
 
     stop(number)
@@ -77,12 +80,14 @@ def _stop_kernel(stop, number):
 
 
 def _papermill(notebook, folder, parameters):
-    "Runs `notebook`; what comes of it, whole or up to an error, replaces FOLDER/notebook.ipynb, and what it prints goes to log.txt."
+    "Runs `notebook`; the result, whole or up to an error, replaces FOLDER/notebook.ipynb. Prints go to log.txt."
     import papermill  # takes a second, which `adiff --help` should not
 
-    with atomic_path(folder/"notebook.ipynb") as output, open(folder/"log.txt", "a", encoding="utf-8", errors="replace") as log:
+    with atomic_path(folder/"notebook.ipynb") as output, open(folder/"log.txt", "a", encoding="utf-8",
+                                                              errors="replace") as log:
         try:
-            papermill.execute_notebook(notebook, output, parameters, progress_bar=False, stdout_file=log, stderr_file=log)
+            papermill.execute_notebook(notebook, output, parameters, progress_bar=False, stdout_file=log,
+                                       stderr_file=log)
         except papermill.PapermillExecutionError:
             shutil.copyfile(output, folder/"notebook.ipynb")  # as far as it came, with the error in it
             raise
@@ -90,7 +95,8 @@ def _papermill(notebook, folder, parameters):
 
 def _one_line(problem):
     "An exception as one line; of an error inside a notebook, that error."
-    name, text = getattr(problem, "ename", None) or type(problem).__name__, getattr(problem, "evalue", None) or str(problem)
+    name, text = getattr(problem, "ename", None) or type(problem).__name__, getattr(problem, "evalue",
+                                                                                    None) or str(problem)
     first = next((line.strip() for line in text.splitlines() if line.strip()), "")
     return first if name == "InputError" else f"{name}: {first}"
 
@@ -119,16 +125,15 @@ def main(arguments=None):
 
 def _die_with_parent():
     "Ends this process once standard input ends; the kernel notices that it lost its parent, and ends too."
-    os.read(0, 1)  # nobody writes; this returns when the other end closes (sys.stdin would be waited for at the end of python)
+    os.read(0, 1)  # nobody writes; this returns when the other end closes (python would wait for sys.stdin at its end)
     os._exit(1)
 
 # %% ../../nbs/lab/01_engines.ipynb #08f04f91
 class Engine(ABC):
-    """What carries out runs, from a queue. `waits` says whether its runs end while it is watched, or later; `at_once` how many go on
-    together, if it knows."""
+    "What carries out runs, from a queue."
 
-    waits = True
-    at_once: int | None = None
+    waits = True  # whether its runs end while it is watched, or later
+    at_once: int | None = None  # how many go on together, if it knows
 
     def __init__(self):
         self.queue = []
@@ -160,12 +165,13 @@ def command(folder, device="auto", child=False):
 
 
 def visible_gpus():
-    "The GPUs this process may use, as CUDA_VISIBLE_DEVICES names them; [] without any. Asks nvidia-smi, which is quicker than torch."
+    "The GPUs this process may use, as CUDA_VISIBLE_DEVICES names them. Asks nvidia-smi, which is quicker than torch."
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name.strip() not in ("", "-1")]
     if not shutil.which("nvidia-smi"):
         return []
-    listed = subprocess.run(["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True)
+    listed = subprocess.run(["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True,
+                            text=True)
     return listed.stdout.split() if listed.returncode == 0 else []
 
 
@@ -177,7 +183,7 @@ def available_memory_gb():
 
 # %% ../../nbs/lab/01_engines.ipynb #aabb1fd9
 class LocalEngine(Engine):
-    "Children of this process, `jobs` at a time; by default as many as cores or GPUs, memory (`memory_gb` each) and `runs` allow."
+    "Children of this process, `jobs` at a time; default: what cores or GPUs, memory (`memory_gb` each), `runs` allow."
 
     def __init__(self, jobs=None, device="auto", memory_gb=3, runs=None):
         super().__init__()
@@ -194,7 +200,8 @@ class LocalEngine(Engine):
         "Starts children in free slots."
         while self.queue and self.free:
             folder, gpu = self.queue.pop(0), self.free.pop(0)
-            settings = {"OMP_NUM_THREADS": str(self.threads), **({"CUDA_VISIBLE_DEVICES": gpu} if gpu is not None else {})}
+            settings = {"OMP_NUM_THREADS": str(self.threads),
+                        **({"CUDA_VISIBLE_DEVICES": gpu} if gpu is not None else {})}
             self.children[folder] = *_child(folder, self.device, settings), gpu
 
     def poll(self):
@@ -214,7 +221,7 @@ class LocalEngine(Engine):
         _stop_runs([child for child, _, _ in self.children.values()])
         self.children.clear()
 
-
+# %% ../../nbs/lab/01_engines.ipynb #d2941482
 def _child(folder, device, settings):
     "Starts the run in `folder` as a child that ends with this process, and the file in which it says what went wrong."
     said = tempfile.TemporaryFile()  # a pipe that nobody empties would stop it one day
@@ -224,8 +231,7 @@ def _child(folder, device, settings):
 
 
 def _stop_runs(children, patience=30):
-    """Ends runs so that their trainings write a checkpoint; those that have not ended after `patience` seconds, or a second Ctrl-C, are
-    killed."""
+    "Ends runs, whose trainings write a checkpoint; kills those left after `patience` seconds or a second Ctrl-C."
     import psutil  # unlike Popen.wait, it may be called in a signal handler that has interrupted a Popen.wait
 
     processes = [psutil.Process(child.pid) for child in children if child.returncode is None]
@@ -240,7 +246,8 @@ def _stop_runs(children, patience=30):
                 process.kill()
 
 
-_stopped = (130, 143, -signal.SIGINT, -signal.SIGTERM)  # exit codes of a run that was asked to stop: it goes on another time
+_stopped = (130, 143, -signal.SIGINT,
+            -signal.SIGTERM)  # exit codes of a run that was asked to stop: it goes on another time
 
 
 def _explain(folder, child, said):
@@ -251,7 +258,9 @@ def _explain(folder, child, said):
     code = child.returncode
     if (folder/"done.json").exists() or (folder/"failed.json").exists() or code in (0, *_stopped):
         return
-    ended = f"ended by signal {-code} ({signal.Signals(-code).name}); out of memory?" if code < 0 else f"ended with exit code {code}"
+    ended = f"ended with exit code {code}"
+    if code < 0:
+        ended = f"ended by signal {-code} ({signal.Signals(-code).name}); out of memory?"
     reason = next((line.removeprefix("adiff: ") for line in reversed(lines) if line.startswith("adiff: ")), ended)
     try:
         write_json(folder/"failed.json", {"error": reason, "seconds": None})
@@ -283,15 +292,17 @@ class _Task:
             _stop_runs([self.child])
         return DelayedSubmission(_Task(self.device), folder)
 
-
+# %% ../../nbs/lab/01_engines.ipynb #5b268a1b
 class SubmititEngine(Engine):
-    """Slurm job arrays by submitit; `options` are those of submitit's `update_parameters`, such as slurm_partition or timeout_min.
+    """Slurm job arrays by submitit; `options` are those of submitit's `update_parameters`, such as slurm_partition.
 
-    log_folder: where submitit keeps its files, visible from every node. cluster: None finds Slurm, "local" are processes here. jobs: at
-    the same time.
+    log_folder: where submitit keeps its files, visible from every node. cluster: None finds Slurm, "local" are
+    processes here. jobs: at the same time.
     """
 
     def __init__(self, log_folder, jobs=None, device="auto", cluster=None, **options):
+        need("submitit")
+        need("submitit")
         import submitit
 
         super().__init__()
@@ -318,7 +329,7 @@ class SubmititEngine(Engine):
             job = self.jobs.pop(folder)
             if (folder/"done.json").exists() or (folder/"failed.json").exists():
                 continue
-            if job.exception() is None and job.result():  # it was told to stop, but the job was not cancelled: preempted, say
+            if job.exception() is None and job.result():  # told to stop, not cancelled: preempted, say
                 ended.remove(folder)
                 self.queue.append(folder)
             else:
@@ -350,7 +361,7 @@ exec {python} -m adiff.lab.engines "$folder" --device {device}
 
 
 class SbatchEngine(Engine):
-    "Writes `script_folder`/array.sh and submits it with sbatch; `options` become #SBATCH lines, such as time or partition."
+    "Writes `script_folder`/array.sh and submits it with sbatch; `options` such as partition become #SBATCH lines."
 
     waits = False
 
@@ -359,11 +370,14 @@ class SbatchEngine(Engine):
         self.folder, self.at_once, self.device, self.options = Path(script_folder), jobs, device, options
         for name, value in options.items():
             if not re.fullmatch(r"[a-z][a-z-]*", name) or not str(value).isprintable():
-                raise InputError(f"engine option {name}: not a name of an sbatch option (letters and -), or its value has several lines")
+                raise InputError(f"engine option {name}: not a name of an sbatch option (letters and -), or its value "
+                                 f"has several lines")
         if not shutil.which("sbatch"):
-            raise InputError("engine sbatch: no command sbatch on this machine; run this where jobs are submitted, or use --engine local")
+            raise InputError("engine sbatch: no command sbatch on this machine; run this where jobs are submitted, or "
+                             "use --engine local")
         if not str(self.folder.resolve()).isprintable():  # its name stands in the script, where a line ends a setting
-            raise InputError(f"engine sbatch: the folder {self.folder} has a line break in its name; choose another --out")
+            raise InputError(f"engine sbatch: the folder {self.folder} has a line break in its name; choose another "
+                             f"--out")
 
     def _start(self):
         folders, self.queue = self.queue, []
@@ -373,13 +387,15 @@ class SbatchEngine(Engine):
         script = _array_script.format(
             last=len(folders) - 1, limit=f"%{self.at_once}" if self.at_once else "",
             logs=str(self.folder.resolve()/"logs").replace("%", "%%"),
-            options="\n".join(f"#SBATCH --{name}={value}" for name, value in self.options.items()), device=shlex.quote(self.device),
+            options="\n".join(f"#SBATCH --{name}={value}" for name, value in self.options.items()),
+                                      device=shlex.quote(self.device),
             folders=shlex.quote(str(self.folder.resolve()/"folders.txt")), python=shlex.quote(sys.executable))
         with atomic_path(self.folder/"array.sh") as path:
             path.write_text(script, encoding="utf-8")
         answer = subprocess.run(["sbatch", str(self.folder/"array.sh")], capture_output=True, text=True)
         if answer.returncode:
-            raise InputError(f"sbatch: {_one_line(RuntimeError(answer.stderr or answer.stdout))}; the script is {self.folder/'array.sh'}")
+            raise InputError(f"sbatch: {_one_line(RuntimeError(answer.stderr or answer.stdout))}; the script is "
+                             f"{self.folder/'array.sh'}")
         self.answer = answer.stdout.strip()
 
     def poll(self):
@@ -390,10 +406,9 @@ class RayEngine(Engine):
     "Tasks of a Ray cluster, one per run, each with `num_cpus` and `num_gpus` of a node."
 
     def __init__(self, jobs=None, device="auto", num_cpus=1, num_gpus=0):
-        try:
-            import ray
-        except ImportError:
-            raise InputError("engine ray: Ray is not installed; pip install 'adiff[ray]', or use --engine local") from None
+        need("ray", extra="ray")
+        import ray
+
         super().__init__()
         self.ray, self.device, self.at_once, self.tasks = ray, device, jobs, {}
         if not ray.is_initialized():
@@ -414,7 +429,8 @@ class RayEngine(Engine):
         self.queue = self.queue[room:]
 
     def poll(self):
-        finished, _ = self.ray.wait(list(self.tasks.values()), num_returns=len(self.tasks), timeout=0) if self.tasks else ([], [])
+        finished, _ = self.ray.wait(list(self.tasks.values()), num_returns=len(self.tasks),
+                                    timeout=0) if self.tasks else ([], [])
         ended = [folder for folder, task in self.tasks.items() if task in finished]
         for folder in ended:
             try:

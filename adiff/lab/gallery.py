@@ -68,7 +68,8 @@ def save_with_caption(figure, folder, name, caption):
     with atomic_path(path) as temporary:
         few_colours(Image.open(drawn)).save(temporary, format="PNG", optimize=True)
     figure.set_layout_engine("none")  # it stands; laying out a hundred axes again takes seconds
-    with atomic_path(path.with_suffix(".svg")) as temporary, plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+    with atomic_path(path.with_suffix(".svg")) as temporary, plt.rc_context({"svg.fonttype": "none",
+                                                                             "svg.hashsalt": name}):
         figure.savefig(temporary, format="svg", bbox_inches="tight", metadata={"Date": None})
     with atomic_path(path.with_suffix(".txt")) as temporary:
         temporary.write_text(caption + "\n", encoding="utf-8")
@@ -102,9 +103,9 @@ def over_grey(picture, heat):
 def qualitative_grid(files, axes=None, most=7):
     """Input | mask | one picture per variant for each of `files`; more than `most` variants continue in a block below.
 
-    files: dicts with title, picture (H, W, 3), mask ((H, W) bool or None) and pictures ({column: (H, W, 3) uint8}; a column that a
-    file lacks says "none"). axes: what the axes of the pictures mean, as `adiff.data.sounds.LogMel.axes` returns it, or None.
-    Raises `InputError` if there is no file.
+    files: dicts with title, picture (H, W, 3), mask ((H, W) bool or None) and pictures ({column: (H, W, 3) uint8}; a
+    column that a file lacks says "none"). axes: what the axes of the pictures mean, as
+    `adiff.data.sounds.LogMel.axes` returns it, or None. Raises `InputError` if there is no file.
     """
     if not files:
         raise InputError("qualitative_grid: no files; give at least one")
@@ -143,7 +144,8 @@ def _show_block(axis, files, columns, axes, side=144, gap=6):
         axis.text(column * (side + gap) + side / 2, -gap, wrapped(name, 18), ha="center", va="bottom", fontsize=7.5)
     for row, file in enumerate(files):
         title = file["title"] + (f"\n{axes['ylabel']}" if axes else "")
-        axis.annotate(title, (0, row * (side + gap) + side / 2), (-20 if axes else -6, 0), textcoords="offset points", ha="right",
+        axis.annotate(title, (0, row * (side + gap) + side / 2), (-20 if axes else -6, 0), textcoords="offset points",
+                      ha="right",
                       va="center",
                       rotation=90, multialignment="center", fontsize=7.5, annotation_clip=False)
     if axes:
@@ -152,9 +154,11 @@ def _show_block(axis, files, columns, axes, side=144, gap=6):
 
 def _cell(picture, side):
     "uint8 (side, side, 3) of an RGB picture or a bool mask, averaged when shrunk."
-    pixels = np.repeat((255 * picture).astype(np.uint8)[..., None], 3, -1) if np.asarray(picture).dtype == bool else _rgb(picture)
+    pixels = np.repeat((255 * picture).astype(np.uint8)[..., None], 3,
+                       -1) if np.asarray(picture).dtype == bool else _rgb(picture)
     shrinks = max(pixels.shape) > side
-    return np.asarray(Image.fromarray(pixels).resize((side, side), Image.Resampling.BOX if shrinks else Image.Resampling.NEAREST))
+    return np.asarray(Image.fromarray(pixels).resize((side, side), Image.Resampling.BOX if shrinks
+                                                     else Image.Resampling.NEAREST))
 
 
 def _mosaic_ticks(axis, axes, rows, columns, side, gap):
@@ -180,19 +184,21 @@ def _heat_bar(figure, place):
 def sound_strips(files, axes):
     """Below each file's spectrogram one strip per variant: the maximum of its map over frequency, at every time.
 
-    files: dicts with title, picture (bands, steps, 3) and maps ({variant: (bands, steps) in 0..1}, the same variants in all); axes: as
-    `adiff.data.sounds.LogMel.axes` returns it. Raises `InputError` if there is no file.
+    files: dicts with title, picture (bands, steps, 3) and maps ({variant: (bands, steps) in 0..1}, the same variants
+    in all); axes: as `adiff.data.sounds.LogMel.axes` returns it. Raises `InputError` if there is no file.
     """
     if not files:
         raise InputError("sound_strips: no files; give at least one")
     variants = list(files[0]["maps"])
-    figure, grid = _subplots(2, len(files), figsize=(WIDTH, 2.2 + 0.22 * len(variants)), height_ratios=[1.3, 0.2 * len(variants)],
+    figure, grid = _subplots(2, len(files), figsize=(WIDTH, 2.2 + 0.22 * len(variants)),
+                             height_ratios=[1.3, 0.2 * len(variants)],
                              sharex="col", sharey="row")
     bands, steps = np.shape(files[0]["picture"])[:2]
     for (above, below), file in zip(grid.T, files):
         above.imshow(_rgb(file["picture"]), aspect="auto")
         above.set_title(file["title"], fontsize=8)
-        shown = below.imshow([file["maps"][name].max(0) for name in variants], aspect="auto", cmap=MAP_COLOURS, vmin=0, vmax=1)
+        shown = below.imshow([file["maps"][name].max(0) for name in variants], aspect="auto", cmap=MAP_COLOURS, vmin=0,
+                             vmax=1)
         below.set_xticks([at * steps - 0.5 for at in axes["xticks"][0]], axes["xticks"][1], fontsize=7.5)
         below.set_xlabel(axes["xlabel"], fontsize=8)
         for axis in (above, below):
@@ -220,7 +226,8 @@ def ablation_bars(summary, metrics, styles=None, kind="image"):
         if rows["mean"].isna().all():
             raise InputError(f"ablation_bars: {metric} has no value; leave it out of metrics")
         values = 100 * rows["mean"]
-        low, high = (values - 100 * rows["std"], values + 100 * rows["std"]) if several else (100 * rows.low, 100 * rows.high)
+        low, high = (values - 100 * rows["std"], values + 100 * rows["std"]) if several else (100 * rows.low,
+                                                                                              100 * rows.high)
         _bars(axis, values, low.fillna(values), high.fillna(values), [styles[name]["color"] for name in variants])
         axis.set(title=metric_title(metric, kind), xlabel="percent")
     axes[0, 0].set_yticks(range(len(variants)), [wrapped(name, 34) for name in variants])
@@ -266,20 +273,23 @@ COSTS = {"seconds_per_image": "seconds per file", "network_calls": "network call
 def cost_against_quality(table, qualities, styles=None, kind="image"):
     """A panel per cost (column) and quality (row), one labelled point per variant.
 
-    table: data frame indexed by variant with columns seconds_per_image, network_calls (either may be missing) and the `qualities` in
-    0..1. Costs that span more than a factor of three are on a log axis; calls may be 0. Raises `InputError` without a cost.
+    table: data frame indexed by variant with columns seconds_per_image, network_calls (either may be missing) and the
+    `qualities` in 0..1. Costs that span more than a factor of three are on a log axis; calls may be 0. Raises
+    `InputError` without a cost.
     """
     styles = styles or variant_styles(table.index)
     costs = [cost for cost in COSTS if cost in table and table[cost].notna().any()]
     if not costs:
         raise InputError(f"cost_against_quality: no column {' or '.join(COSTS)}; evaluate the runs again")
-    figure, axes = _subplots(len(qualities), len(costs), figsize=(WIDTH, len(qualities) * max(2.5, 0.19 * len(table) + 0.7)),
+    figure, axes = _subplots(len(qualities), len(costs), figsize=(WIDTH,
+                                                                  len(qualities) * max(2.5, 0.19 * len(table) + 0.7)),
                              sharex="col", sharey="row")
     for line, quality in zip(axes, qualities):
         for axis, cost in zip(line, costs):
             _points(axis, table[cost], 100 * table[quality], styles)
         line[0].set_ylabel(f"{metric_title(quality, kind)} (percent)")
-        _label_points(line[-1], table[costs[-1]], 100 * table[quality], styles, 0.16 / (0.8 * figure.get_figheight() / len(qualities)))
+        _label_points(line[-1], table[costs[-1]], 100 * table[quality], styles,
+                      0.16 / (0.8 * figure.get_figheight() / len(qualities)))
     for axis, cost in zip(axes[-1], costs):
         axis.set_xlabel(COSTS[cost])
     return figure
@@ -308,13 +318,15 @@ def _label_points(axis, cost, quality, styles, distance):
         x = cost[name] if not np.isnan(cost[name]) else axis.get_xlim()[1]
         axis.annotate(name, (x, quality[name]), (1.06, at), textcoords=axis.transAxes, va="center",
                       fontsize=7.5, annotation_clip=False,
-                      arrowprops=dict(arrowstyle="-", relpos=(0, 0.5), color=styles[name]["color"], linewidth=0.6, alpha=0.7))
+                      arrowprops=dict(arrowstyle="-", relpos=(0, 0.5), color=styles[name]["color"], linewidth=0.6,
+                                      alpha=0.7))
 
 # %% ../../nbs/lab/03_gallery.ipynb #ebdd0cc4
 def gap_heatmap(gaps, label):
     """Differences in percentage points: data frame `gaps`, variants x categories, NaN where unknown; `label` names the difference.
 
-    The last column may be the mean. More than 16 categories are drawn downwards. Raises `InputError` if no cell is known.
+    The last column may be the mean. More than 16 categories are drawn downwards. Raises `InputError` if no cell is
+    known.
     """
     if not gaps.notna().any(axis=None):
         raise InputError("gap_heatmap: no cell is known; there is nothing to compare")
@@ -325,7 +337,8 @@ def gap_heatmap(gaps, label):
     shown = axis.imshow(turned, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
     for (row, column), value in np.ndenumerate(turned.to_numpy()):
         text = "n/a" if np.isnan(value) else f"{round(value, 1) + 0.0:+.1f}".replace("-", "−")
-        axis.text(column, row, text, ha="center", va="center", fontsize=7, color="white" if abs(value) > 0.65 * limit else "0.15")
+        axis.text(column, row, text, ha="center", va="center", fontsize=7, color="white" if abs(value) > 0.65 * limit
+                  else "0.15")
     axis.set_xticks(range(turned.shape[1]), turned.columns, rotation=40, ha="right", rotation_mode="anchor")
     axis.set_yticks(range(len(turned)), [wrapped(str(name), 40) for name in turned.index])
     axis.set_facecolor("0.9")
@@ -341,7 +354,8 @@ def mean_curve(curves):
     "The vertical mean of ascending curves [(fpr, heights)]: (fpr, heights), with both ends of every jump; areas average exactly."
     at = np.unique(np.concatenate([fpr for fpr, _ in curves]))
     right = np.mean([np.interp(at, fpr, heights) for fpr, heights in curves], axis=0)
-    left = np.mean([np.interp(-at, -fpr[::-1], heights[::-1]) for fpr, heights in curves], axis=0)  # mirrored: the lower end of a jump
+    left = np.mean([np.interp(-at, -fpr[::-1], heights[::-1]) for fpr, heights in curves],
+                   axis=0)  # mirrored: the lower end of a jump
     return np.repeat(at, 2), np.stack([left, right], 1).ravel()
 
 # %% ../../nbs/lab/03_gallery.ipynb #f8fe2bfc
@@ -353,10 +367,12 @@ def variant_curves(curves, styles=None, kind="roc", most=8):
     if not curves:
         raise InputError("variant_curves: no curve; give at least one {variant: (fpr, heights)}")
     styles = styles or variant_styles(curves)
-    limit, area, x, y = {"roc": (1, "AUROC", "false positive rate (normal files)", "true positive rate (anomalous files)"),
+    limit, area, x, y = {"roc": (1, "AUROC", "false positive rate (normal files)",
+                                 "true positive rate (anomalous files)"),
                          "pro": (0.3, "AUPRO", "false positive rate (normal pixels)", "per-region overlap")}[kind]
     few = 500 if len(curves) <= most else 120
-    thin = {name: tuple(part[_thin(fpr, heights, limit, few)] for part in (fpr, heights)) for name, (fpr, heights) in curves.items()}
+    thin = {name: tuple(part[_thin(fpr, heights, limit, few)] for part in (fpr, heights)) for name,
+            (fpr, heights) in curves.items()}
     areas = {name: area_up_to(fpr, heights, limit) for name, (fpr, heights) in curves.items()}
     if len(curves) <= most:
         figure, ((axis,),) = _subplots(1, 1, figsize=(WIDTH, 4.2))
@@ -383,7 +399,8 @@ def _panels(number, wide, height):
     "A figure of small panels with shared axes, at most `wide` in a row; the empty ones are hidden. Returns figure, axes."
     wide = min(number, wide)
     lines = -(-number // wide)
-    figure, axes = _subplots(lines, wide, figsize=(WIDTH * min(1, wide / 3), lines * height + 0.5), sharex=True, sharey=True)
+    figure, axes = _subplots(lines, wide, figsize=(WIDTH * min(1, wide / 3), lines * height + 0.5), sharex=True,
+                             sharey=True)
     for index, axis in enumerate(axes.flat):
         axis.set_visible(index < number)
         axis.tick_params(labelsize=7, labelbottom=index + wide >= number)
@@ -404,7 +421,8 @@ def standardise(scores):
 def variant_histograms(scores, styles=None, limits=(-3, 9)):
     """The standardised scores of normal and anomalous files, a panel per variant.
 
-    scores: as `standardise` returns it. Values beyond `limits` fall into the outermost bins. Raises `InputError` if no score is defined.
+    scores: as `standardise` returns it. Values beyond `limits` fall into the outermost bins. Raises `InputError` if
+    no score is defined.
     """
     scores = scores.dropna(subset="standard")
     if scores.empty:
@@ -418,7 +436,8 @@ def variant_histograms(scores, styles=None, limits=(-3, 9)):
             values = own.standard[own.label == label].clip(*limits)
             axis.hist(values, edges, weights=np.full(len(values), 100 / max(len(values), 1)), color=colour, alpha=0.6,
                       histtype="stepfilled")
-        axis.set_title(f"{wrapped(name, 32)}\n{(own.label == 0).sum()} normal, {(own.label == 1).sum()} anomalous", fontsize=7.5)
+        axis.set_title(f"{wrapped(name, 32)}\n{(own.label == 0).sum()} normal, {(own.label == 1).sum()} anomalous",
+                       fontsize=7.5)
         axis.set_xlim(limits)
     figure.supxlabel("anomaly score (standard deviations of the category's normal files)", fontsize=9)
     figure.supylabel("percent of files", fontsize=9)
@@ -453,7 +472,8 @@ class Evidence:
     def leading(self):
         "The metrics that figures show: the first is on files, the others, where there are masks, on pixels."
         known = set(self.tidy.metric[self.tidy.value.notna()])
-        wanted = ("pixel_ap", "aupro") if "pixel_ap" in known else ("image_ap", "image_pauc" if self.kind == "sound" else "image_f1_max")
+        wanted = ("pixel_ap", "aupro") if "pixel_ap" in known else ("image_ap", "image_pauc" if self.kind == "sound"
+                                                                    else "image_f1_max")
         return [metric for metric in ("image_auroc", *wanted) if metric in known]
 
     def leaves(self, first_seed=False):
@@ -473,7 +493,8 @@ class Evidence:
         "scores.csv of all runs, with columns variant and seed. Raises `LeftOut` if there is none."
         tables = [pd.read_csv(Path(leaf.folder) / "scores.csv").query("category == @leaf.category")
                   .assign(variant=leaf.variant, seed=leaf.seed)
-                  for leaf in self.leaves().astype({"category": str}).itertuples() if (Path(leaf.folder) / "scores.csv").exists()]
+                  for leaf in self.leaves().astype({"category": str}).itertuples()
+                  if (Path(leaf.folder) / "scores.csv").exists()]
         if not tables:
             raise LeftOut("no scores.csv in the run folders")
         return pd.concat(tables, ignore_index=True)
@@ -481,7 +502,8 @@ class Evidence:
     def extent(self):
         "Categories and seeds in words, for captions."
         names, seeds = self.categories, self.tidy.seed.nunique()
-        what = names[0] if len(names) == 1 else f"{len(names)} categories" + (f": {', '.join(map(str, names))}" if len(names) < 6 else "")
+        what = names[0] if len(names) == 1 else f"{len(names)} categories" + (f": {', '.join(map(str, names))}"
+                                                                              if len(names) < 6 else "")
         return f"{what}; {seeds} seed{'s' if seeds > 1 else ''}"
 
 # %% ../../nbs/lab/03_gallery.ipynb #8e97752b
@@ -499,7 +521,8 @@ def read_evidence(tidy, summary, published=None):
 
 def _name_settings(processor, twice):
     "Adds the setting to the name of each (dataset, variant) that was run in two of them."
-    names = [f"{row.variant}, {row.setting}" if (row.dataset, row.variant) in twice else row.variant for row in processor.itertuples()]
+    names = [f"{row.variant}, {row.setting}" if (row.dataset, row.variant) in twice else row.variant
+             for row in processor.itertuples()]
     return processor.assign(variant=names)
 
 # %% ../../nbs/lab/03_gallery.ipynb #41bb697b
@@ -560,10 +583,12 @@ def draw_qualitative(evidence):
     files = example_files(evidence)
     sounds = evidence.kind == "sound"
     seed = evidence.tidy.seed.iloc[0]
-    caption = (f"{evidence.dataset}: {'spectrograms' if sounds else 'images'} and anomaly maps of {len(evidence.variants)} variants (seed "
+    caption = (f"{evidence.dataset}: {'spectrograms' if sounds else 'images'} and anomaly maps of "
+               f"{len(evidence.variants)} variants (seed "
                f"{seed}). The same test files for all: the first of each defect type by path, not chosen by result. "
                + ("" if sounds else "Masks are the ground truth. ") +
-               "Colour runs from the median to the 99.5 % quantile of a variant's maps over the example files of a category.")
+               "Colour runs from the median to the 99.5 % quantile of a variant's maps over the example files of a "
+               "category.")
     return qualitative_grid(files, sound_axes(evidence)), caption
 
 
@@ -575,10 +600,12 @@ def draw_sounds(evidence):
     files = [files[i] for i in np.unique(np.linspace(0, len(files) - 1, 4).round().astype(int))]
     shared = set(evidence.variants).intersection(*(file["maps"] for file in files))
     names = [name for name in evidence.variants if name in shared]
-    files = [{**file, "title": file["title"].replace("\n", ": "), "maps": {name: file["maps"][name] for name in names}} for file in files]
+    files = [{**file, "title": file["title"].replace("\n", ": "), "maps": {name: file["maps"][name] for name in names}}
+             for file in files]
     caption = (f"{evidence.dataset}: log-mel spectrogram of a test file (above) and, for every variant, "
                "the maximum of its anomaly map over "
-               "frequency at every time (below). Of a long sound, the highest_of_each window. Each variant on its own scale, "
+               "frequency at every time (below). Of a long sound, the highest_of_each window. Each variant on its own "
+               "scale, "
                "from the median to the 99.5 % quantile of its maps.")
     return sound_strips(files, sound_axes(evidence)), caption
 
@@ -591,9 +618,11 @@ def draw_ablation(evidence):
     kind = error_kind(evidence.summary)
     figure = ablation_bars(evidence.summary, evidence.leading, evidence.styles, evidence.kind)
     for axis in figure.axes:
-        axis.set_xlabel("percent" + {"std": " (± std over seeds)", "interval": " (95 % interval)", "": ""}[kind], fontsize=8)
+        axis.set_xlabel("percent" + {"std": " (± std over seeds)", "interval": " (95 % interval)", "": ""}[kind],
+                        fontsize=8)
     caption = (f"{evidence.dataset} ({evidence.extent()}): mean over categories and seeds. Bars start at the value of "
-               f"{evidence.variants[0]} (dashed); numbers are the value and its difference to that in percentage points. "
+               f"{evidence.variants[0]} (dashed); numbers are the value and its difference to that in percentage "
+               f"points. "
                + (f"Whiskers: {meaning[kind]}." if kind else "No error bars: one seed, no interval."))
     return figure, caption
 
@@ -615,7 +644,8 @@ def draw_cost(evidence):
     if not len(costs.columns) or costs.isna().all(axis=None):
         raise LeftOut("no cost was measured")
     caption = (f"{evidence.dataset} ({evidence.extent()}): cost of detection per test file against quality, "
-               "means over categories and seeds. Up is better, left is cheaper. Seconds were measured on the machine of the runs"
+               "means over categories and seeds. Up is better, left is cheaper. Seconds were measured on the machine "
+               "of the runs"
                + ("; network calls are counted and do not depend on it." if "network_calls" in costs else "."))
     return cost_against_quality(costs.join(quality), qualities, evidence.styles, evidence.kind), caption
 
@@ -631,14 +661,16 @@ def draw_gaps(evidence, metric="image_auroc"):
     "Every variant minus the first, per category."
     _need_variants(evidence)
     if metric not in evidence.leading:
-        raise LeftOut(f"no {metric_title(metric, evidence.kind)}" + (", no masks" if metric.startswith("pixel") else ""))
+        raise LeftOut(f"no {metric_title(metric, evidence.kind)}"
+                      + (", no masks" if metric.startswith("pixel") else ""))
     if len(evidence.categories) < 2:
         raise LeftOut(f"only one category ({evidence.categories[0]}); the bars of the ablation say the same")
     wide = 100 * category_means(evidence)[metric].unstack("category").loc[evidence.variants, evidence.categories]
     wide["mean"] = wide.mean(axis=1, skipna=False)
     gaps = wide.iloc[1:] - wide.iloc[0]
     label = f"{metric_title(metric, evidence.kind)}: difference to {evidence.variants[0]}"
-    caption = (f"{evidence.dataset} ({evidence.extent()}): {metric_title(metric, evidence.kind)} of each variant minus that of "
+    caption = (f"{evidence.dataset} ({evidence.extent()}): {metric_title(metric, evidence.kind)} of each variant minus "
+               f"that of "
                f"{evidence.variants[0]}, in percentage points, mean over seeds. Red: above it, blue: below it.")
     return gap_heatmap(gaps, label), caption
 
@@ -658,8 +690,10 @@ def draw_published(evidence, metric="image_auroc"):
     if gaps.empty:
         raise LeftOut(f"no published {name} for these {len(mine)} categories")
     others = "; other methods with means only stand in the tables" if gaps[mine.index].notna().any(axis=None) else ""
-    caption = (f"{evidence.dataset} ({evidence.extent()}): {name} of {variant} minus the published number of each method in the "
-               f"{setting} setting, in percentage points. Red: ours is higher, blue: ours is lower; n/a: not available{others}. "
+    caption = (f"{evidence.dataset} ({evidence.extent()}): {name} of {variant} minus the published number of each "
+               f"method in the "
+               f"{setting} setting, in percentage points. Red: ours is higher, blue: ours is lower; n/a: not "
+               f"available{others}. "
                "Protocols differ (crop, resolution, class label at test); the notes under the tables say how.")
     return gap_heatmap(gaps, f"{name}: {variant} minus published"), caption
 
@@ -686,7 +720,8 @@ def draw_roc(evidence):
             curves.setdefault(variant, []).append(roc_curve(own.label, own.score, drop_intermediate=False)[:2])
     if not curves:
         raise LeftOut("no category has normal and anomalous test files")
-    caption = (f"{evidence.dataset} ({evidence.extent()}): ROC curves over test files, averaged vertically over categories and seeds, "
+    caption = (f"{evidence.dataset} ({evidence.extent()}): ROC curves over test files, averaged vertically over "
+               f"categories and seeds, "
                "so that the area under a curve is the mean AUROC.")
     return variant_curves({name: mean_curve(own) for name, own in curves.items()}, evidence.styles), caption
 
@@ -697,8 +732,10 @@ def draw_pro(evidence):
     for leaf, arrays in evidence.arrays("pixels"):
         curves.setdefault(leaf.variant, []).append(counted_pro_curve(PixelCounts(**arrays)))
     if not curves:
-        raise LeftOut("no masks" if "pixel_ap" not in evidence.leading else "no pixels/ in the run folders; evaluate them again")
-    caption = (f"{evidence.dataset} ({evidence.extent()}): per-region overlap against the false positive rate over normal pixels, "
+        raise LeftOut("no masks" if "pixel_ap" not in evidence.leading
+                      else "no pixels/ in the run folders; evaluate them again")
+    caption = (f"{evidence.dataset} ({evidence.extent()}): per-region overlap against the false positive rate over "
+               f"normal pixels, "
                "averaged vertically over categories and seeds. AUPRO is the area up to 0.3, divided by 0.3.")
     return variant_curves({name: mean_curve(own) for name, own in curves.items()}, evidence.styles, "pro"), caption
 
@@ -708,14 +745,16 @@ def draw_histograms(evidence):
     scores = standardise(evidence.scores())
     if scores.standard.isna().all():
         raise LeftOut("no category has two normal test files with different scores")
-    caption = (f"{evidence.dataset} ({evidence.extent()}): scores of normal (grey) and anomalous (coloured) test files, "
+    caption = (f"{evidence.dataset} ({evidence.extent()}): scores of normal (grey) and anomalous (coloured) test "
+               f"files, "
                "in standard deviations of the "
                "normal test files of the same category and seed, all categories and seeds together; "
                "the outermost bins hold everything beyond.")
     return variant_histograms(scores, evidence.styles), caption
 
 # %% ../../nbs/lab/03_gallery.ipynb #0791466c
-FIGURES: dict[str, Callable] = {"qualitative": draw_qualitative, "sounds": draw_sounds, "ablation": draw_ablation, "cost": draw_cost,
+FIGURES: dict[str, Callable] = {"qualitative": draw_qualitative, "sounds": draw_sounds, "ablation": draw_ablation,
+                                "cost": draw_cost,
            "gaps": draw_gaps, "gaps_pixel_ap": partial(draw_gaps, metric="pixel_ap"),
            "published": draw_published, "published_pixel_ap": partial(draw_published, metric="pixel_ap"),
            "roc": draw_roc, "pro": draw_pro, "histograms": draw_histograms}

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 def state(out, run):
-    "Where a `PlannedRun` stands below the folder `out`: done, failed, interrupted, stale (with what has changed) or new."
+    "Where a `PlannedRun` stands below the folder `out`: done, failed, interrupted, stale (what has changed) or new."
     folder = Path(out)/"runs"/run.folder
     for name in ("done", "failed"):
         if (folder/f"{name}.json").exists():
@@ -45,7 +45,8 @@ def expected_seconds(out, runs):
     took: dict[str, list] = {}
     for done in (Path(out)/"runs").glob("*/done.json"):
         took.setdefault(read_json(done.parent/"run.json")["group"], []).append(read_json(done)["seconds"])
-    return {run.group: statistics.median(took[run.group]) if run.group in took else run.minutes and 60*run.minutes for run in runs}
+    return {run.group: statistics.median(took[run.group]) if run.group in took else run.minutes and 60*run.minutes
+            for run in runs}
 
 # %% ../../nbs/lab/05_reproduce.ipynb #68a8f8be
 class _Overview:
@@ -55,9 +56,10 @@ class _Overview:
         self.left, self.expected, self.jobs, self.total = dict(runs), expected, jobs, len(runs)
         self.failed, self.seen, self.drawn = 0, {}, 0.0
         self.terminal = sys.stderr.isatty()
-        self.bar = progress(total=len(runs), desc="runs",
-                            bar_format="{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}{postfix}") if self.terminal else None
-        self.lines = [tqdm(position=slot + 1, bar_format="{desc}", leave=False) for slot in range(min(jobs, 8))] if self.terminal else []
+        form = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}{postfix}"
+        self.bar = progress(total=len(runs), desc="runs", bar_format=form) if self.terminal else None
+        self.lines = [tqdm(position=slot + 1, bar_format="{desc}", leave=False)
+                      for slot in range(min(jobs, 8))] if self.terminal else []
 
     def ended(self, folder, error):
         run = self.left.pop(folder)
@@ -65,14 +67,16 @@ class _Overview:
         if self.bar is not None:
             self.bar.update()
         if error or not self.terminal:
-            tqdm.write(f"{self.total - len(self.left)}/{self.total} {run.label}: {error or 'done'}{self._hint()}", file=sys.stderr)
+            tqdm.write(f"{self.total - len(self.left)}/{self.total} {run.label}: {error or 'done'}{self._hint()}",
+                       file=sys.stderr)
 
     def _hint(self):
         "How long it may still take, and what has failed."
         now, expected = time.monotonic(), [self.expected[run.group] for run in self.left.values()]
         elapsed = [now - self.seen.get(folder, now) for folder in self.left]
         known = expected and None not in expected
-        hint = f", about {duration(sum(max(0, a - b) for a, b in zip(expected, elapsed))/self.jobs)} left" if known else ""
+        left = sum(max(0, a - b) for a, b in zip(expected, elapsed)) if known else None
+        hint = f", about {duration(left/self.jobs)} left" if known else ""
         return hint + f", {self.failed} failed"*bool(self.failed)
 
     def show(self, running):
@@ -83,8 +87,8 @@ class _Overview:
         if self.bar is not None:
             self.bar.set_postfix_str(self._hint().removeprefix(", "))
         for line, folder in zip(self.lines, [*running, *[None]*len(self.lines)]):
-            line.set_description_str(f"  {self.left[folder].label}  {duration(elapsed[folder])}  {_log_end(folder)}"[:150] if folder
-                                     else "")
+            text = folder and f"  {self.left[folder].label}  {duration(elapsed[folder])}  {_log_end(folder)}"
+            line.set_description_str(text[:150] if text else "")
 
     def close(self):
         for bar in [*self.lines, *[self.bar]*self.terminal]:
@@ -97,14 +101,16 @@ def _log_end(folder):
     return log_tail(log, 1) if log.exists() and log.stat().st_size else "starting"
 
 # %% ../../nbs/lab/05_reproduce.ipynb #b98088b0
-def reproduce(matrix, out=None, engine="local", jobs=None, device="auto", parameters=None, only=None, data=None, retry=False,
+def reproduce(matrix, out=None, engine="local", jobs=None, device="auto", parameters=None, only=None, data=None,
+              retry=False,
               engine_options=None, command=""):
     """Carries out a matrix (a name, or a YAML file) below the folder `out`, and makes its tables, figures and site.
 
-    out: reproduced/MATRIX by default. engine: a name in `ENGINES`, with engine_options. jobs: runs at once, None for what the machine
-    allows. parameters, only, data: as `plan` takes them. retry: run again what failed. command: what the user typed, for the results.
-    Returns {label: error or None} of all runs of the matrix; {} if the engine does not wait for them. Raises `InputError` before anything
-    runs; a run that fails is no error. Ctrl-C, and SIGTERM on the command line, end the runs, whose trainings write a checkpoint first.
+    out: reproduced/MATRIX by default. engine: a name in `ENGINES`, with engine_options. jobs: runs at once, None for
+    what the machine allows. parameters, only, data: as `plan` takes them. retry: run again what failed. command: what
+    the user typed, for the results. Returns {label: error or None} of all runs of the matrix; {} if the engine does
+    not wait for them. Raises `InputError` before anything runs; a run that fails is no error. Ctrl-C, and SIGTERM on
+    the command line, end the runs, whose trainings write a checkpoint first.
     """
     path = matrix_file(matrix)
     runs = plan(path, parameters, only, data)
@@ -113,17 +119,20 @@ def reproduce(matrix, out=None, engine="local", jobs=None, device="auto", parame
         _check_matrix(out, path.stem)
         remove_leftovers(out, skip="runs")  # whoever carries out a run tidies its folder
         folders = {out.resolve()/"runs"/run.folder: run for run in runs}
-        todo = {folder: run for folder, run in folders.items() if state(out, run) != "done" and (retry or state(out, run) != "failed")}
+        todo = {folder: run for folder, run in folders.items() if state(out, run) != "done"
+                and (retry or state(out, run) != "failed")}
         _write_plan(out, path, runs, command)
         for name, made in {run.make["name"]: run.make for run in todo.values() if run.make}.items():
             _make_data(out/"data"/name, made)
         for folder, run in todo.items():
             _write_run(out, folder, run)
         if todo:
-            pool = make_engine(engine, out, jobs, device, max(run.memory_gb for run in todo.values()), len(runs), **(engine_options or {}))
+            pool = make_engine(engine, out, jobs, device, max(run.memory_gb for run in todo.values()), len(runs),
+                               **(engine_options or {}))
             _carry_out(pool, out, todo, expected_seconds(out, runs))
             if not pool.waits:
-                logger.info("%s: %d runs in %s; the same command with --dry-run shows how they stand", pool.answer, len(todo),
+                logger.info("%s: %d runs in %s; the same command with --dry-run shows how they stand", pool.answer,
+                            len(todo),
                             pool.folder/"array.sh")
                 return {}
         errors = {run.label: _error(folder) for folder, run in folders.items()}
@@ -147,16 +156,20 @@ def _error(folder):
 # %% ../../nbs/lab/05_reproduce.ipynb #1cd116ff
 def _write_plan(out, path, runs, command):
     "matrix.json: what was asked for."
-    listed = [{"label": run.label, "folder": f"runs/{run.folder}", "identity": run.identity, "axes": run.axes, "group": run.group}
+    listed = [{"label": run.label, "folder": f"runs/{run.folder}", "identity": run.identity, "axes": run.axes,
+               "group": run.group}
               for run in runs]
-    write_json(out/"matrix.json", {"matrix": path.stem, "description": read_matrix(path).description, "command": command, "runs": listed})
+    write_json(out/"matrix.json", {"matrix": path.stem, "description": read_matrix(path).description,
+                                   "command": command, "runs": listed})
 
 
 def _write_run(out, folder, run):
     "run.json: everything an engine needs to know of a run."
     made = {"data_root": str(out.resolve()/"data"/run.make["name"])} if run.make else {}
-    write_json(folder/"run.json", {"matrix": run.matrix, "group": run.group, "label": run.label, "axes": run.axes, "notebook": run.notebook,
-                                   "parameters": {**run.parameters, **made}, "takes": list(run.takes), "identity": run.identity,
+    write_json(folder/"run.json", {"matrix": run.matrix, "group": run.group, "label": run.label, "axes": run.axes,
+                                   "notebook": run.notebook,
+                                   "parameters": {**run.parameters, **made}, "takes": list(run.takes),
+                                   "identity": run.identity,
                                    "parts": run.parts})
     (folder/"failed.json").unlink(missing_ok=True)
 
@@ -171,7 +184,7 @@ def _make_data(folder, made):
 
 # %% ../../nbs/lab/05_reproduce.ipynb #4da176d0
 def _carry_out(engine, out, todo, expected):
-    "Submits the runs `todo` (folder -> run) and, if the engine waits, watches them to their end. Ctrl-C and SIGTERM end them."
+    "Submits the runs `todo` (folder -> run) and, if the engine waits, watches them. Ctrl-C and SIGTERM end them."
     overview = _Overview(todo, expected, engine.at_once or 1)
     try:
         engine.submit(list(todo))
@@ -188,7 +201,7 @@ def _carry_out(engine, out, todo, expected):
 
 # %% ../../nbs/lab/05_reproduce.ipynb #f9b15a3a
 def make_outputs(out):
-    "Tables, figures and the site of the reproduction in the folder `out`. Logs where they are; why there are none is a warning."
+    "Tables, figures and site of the reproduction in the folder `out`. Logs where they are, or warns why there are none."
     from adiff.lab.site import write_site
     from adiff.lab.tables import write_tables
 
@@ -231,7 +244,8 @@ def describe_plan(matrix, out=None, jobs=None, parameters=None, only=None, data=
     states = {run.label: state(out, run) for run in runs}
     width = max(map(len, states))
     lines = [f"{label:{width}}  {found}" for label, found in states.items()]
-    counts = {name: sum(found.startswith(name) for found in states.values()) for name in ("done", "failed", "interrupted", "stale", "new")}
+    counts = {name: sum(found.startswith(name) for found in states.values())
+              for name in ("done", "failed", "interrupted", "stale", "new")}
     expected, jobs = expected_seconds(out, runs), jobs or make_engine("local", out, runs=len(runs)).at_once
     left = [expected[run.group] for run in runs if states[run.label] not in ("done", "failed")]
     hint = f"about {duration(sum(left)/jobs)} with {jobs} at once" if left and None not in left else "nothing to do"

@@ -4,7 +4,6 @@ import re
 import sys
 from configparser import ConfigParser
 from functools import cache
-from importlib.util import find_spec
 from inspect import unwrap
 from pathlib import Path
 from types import FunctionType
@@ -17,7 +16,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 import build  # noqa: E402  found through the line above
 
-sys.path.insert(0, str(build.REPOSITORY))
+from adiff.lab.site import sphinx_settings  # noqa: E402  the checkout's, which build puts first
 
 _parser = ConfigParser(delimiters=["="])
 _parser.read(build.REPOSITORY / "settings.ini", encoding="utf-8")
@@ -25,12 +24,9 @@ _settings = _parser["DEFAULT"]
 
 project, author, release, language = _settings["lib_name"], _settings["author"], _settings["version"], "en"
 project_copyright = _settings["copyright"]
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.mathjax"]
-
-nb_execution_mode = "off"
-nb_render_markdown_format = "myst"  # the tables in outputs
-myst_enable_extensions = ["dollarmath", "amsmath"]
-myst_heading_anchors = 3
+globals().update(sphinx_settings())
+extensions += ["sphinx.ext.autodoc", "sphinx.ext.autosummary"]  # noqa: F821  one of the shared settings
+html_title = project
 
 autosummary_generate = False
 autodoc_default_options = {"members": True, "undoc-members": True, "member-order": "bysource", "no-value": True,
@@ -40,18 +36,6 @@ autodoc_inherit_docstrings = False
 add_module_names = False
 toc_object_entries_show_parents = "hide"
 
-# MathJax with its fonts drawn as SVG and every extension inside: one file, which browsers also load from disk.
-_mathjax = Path(find_spec("sphinx-mathjax-offline").origin).parent / "static/mathjax/tex-svg-full.js"
-mathjax_path = _mathjax.name
-
-html_theme = "furo"
-html_title = project
-html_static_path = ["style.css", str(_mathjax)]
-html_css_files = ["style.css"]
-html_copy_source = html_show_sourcelink = False
-# Excerpts in search results are fetched, which browsers forbid for pages opened from disk; the list of pages is not.
-html_show_search_summary = False
-
 
 @cache
 def definitions(module):
@@ -59,10 +43,9 @@ def definitions(module):
 
     Names of classes' members are CLASS.MEMBER.
     """
-    path = build.PACKAGE / f"{'__init__' if module == 'adiff' else module.removeprefix('adiff.')}.py"
-    text = path.read_text(encoding="utf-8")
+    text = build.module_path(module).read_text(encoding="utf-8")
     lines, found = text.split("\n"), {}
-    markers = [re.match(r"# %% \.\./nbs/(.+)\.ipynb #(\w+)", line) for line in lines]
+    markers = [re.match(r"# %% (?:\.\./)+nbs/(.+)\.ipynb #(\w+)", line) for line in lines]
 
     def add(name, node):
         marker = next(filter(None, reversed(markers[:node.lineno])), None)
@@ -76,11 +59,20 @@ def definitions(module):
         for node in body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)): add(prefix + node.name, node)
             if isinstance(node, ast.ClassDef): walk(node.body, f"{prefix}{node.name}.")
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-            for name in (leaf for target in targets for leaf in ast.walk(target) if isinstance(leaf, ast.Name)): add(prefix + name.id, node)
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node,
+                                                                                                    ast.AnnAssign) else []
+            for name in (leaf for target in targets for leaf in ast.walk(target)
+                         if isinstance(leaf, ast.Name)): add(prefix + name.id, node)
 
     walk(ast.parse(text).body)
     return found
+
+
+def home_of(module, name):
+    "What `definitions` knows of a name of `module`, also of one that it takes from another module; None if it is not ours."
+    if name in definitions(module): return definitions(module)[name]
+    home = getattr(getattr(sys.modules[module], name.split(".")[0], None), "__module__", None)
+    return definitions(home).get(name) if home in build.modules() else None
 
 
 @cache
@@ -101,13 +93,15 @@ def inline(text, module):
 
     parts = re.split(r"(`[^`]+`)", text)
     escaped = (re.sub(r"([\\*_|`])", r"\\\1", part.replace(" ... ", " … ")) for part in parts)
-    return "".join(re.sub("`(.+)`", code, part) + r"\ " if i % 2 else text for i, (part, text) in enumerate(zip(parts, escaped)))
+    return "".join(re.sub("`(.+)`", code, part) + r"\ " if i % 2 else text for i,
+                   (part, text) in enumerate(zip(parts, escaped)))
 
 
 def to_rst(lines, module):
     """A docstring of plain paragraphs as the lines of reStructuredText.
 
-    Indented paragraphs are code; paragraphs of `- item` or `name: meaning` lines are lists, continued by indented lines.
+    Indented paragraphs are code; paragraphs of `- item` or `name: meaning` lines are lists, continued by indented
+    lines.
     """
     result = []
     for paragraph in re.split(r"\n\s*\n", "\n".join(lines).strip("\n")):
@@ -115,7 +109,8 @@ def to_rst(lines, module):
         fields = [re.match(r"(- )|`?([\w.]+)`?: ", row) for row in rows]
         if all(row.startswith("    ") for row in rows):
             result += ["::", "", *rows, ""]
-        elif fields[0] and (fields[0][1] or sum(map(bool, fields)) > 1) and all(field or row[0] == " " for row, field in zip(rows, fields)):
+        elif fields[0] and (fields[0][1] or sum(map(bool, fields)) > 1) and all(field or row[0] == " " for row,
+                                                                                field in zip(rows, fields)):
             for row, field in zip(rows, fields):
                 if field: result.append("")
                 if field and field[2]: result.append(f"* ``{field[2]}``: " + inline(row[field.end():], module))
@@ -133,8 +128,9 @@ def constant(thing, name, module):
         main = sys.modules[module].main
         context = click.Context(main, info_name="adiff", **main.context_settings | {"terminal_width": 100})
         if thing is not main: context = click.Context(thing, info_name=thing.name, parent=context)
-        return [thing.get_short_help_str(1000), "", ".. code-block:: text", "", *(f"   {line}" for line in thing.get_help(context).split("\n")), ""]
-    _, _, source, comment = definitions(module)[name]
+        return [thing.get_short_help_str(1000), "", ".. code-block:: text", "",
+                *(f"   {line}" for line in thing.get_help(context).split("\n")), ""]
+    _, _, source, comment = home_of(module, name)
     comment = comment or "".join(re.findall(r"  # (.+)", source.split("\n")[0]))
     code = [".. code-block:: python", "", *(f"   {line}" for line in source.split("\n")), ""]
     return [*(to_rst([comment], module) if comment else []), *code]
@@ -145,8 +141,10 @@ def attribute(name, module):
     owner, _, key = name.rpartition(".")
     fields = getattr(getattr(sys.modules[module], owner, None), "model_fields", {})
     if key not in fields: return definitions(module).get(name, ("",) * 4)[3]
-    field, words = fields[key], {"ge": "at least", "gt": "above", "le": "at most", "lt": "below", "min_length": "length at least"}
-    bounds = [f"{words[bound]} {getattr(limit, bound)}" for limit in field.metadata for bound in words if hasattr(limit, bound)]
+    field, words = fields[key], {"ge": "at least", "gt": "above", "le": "at most", "lt": "below",
+                                 "min_length": "length at least"}
+    bounds = [f"{words[bound]} {getattr(limit, bound)}" for limit in field.metadata for bound in words
+              if hasattr(limit, bound)]
     default = "" if field.is_required() else f"default `{field.get_default(call_default_factory=True)!r}`"
     return "; ".join(filter(None, [field.description, default, *bounds]))
 
@@ -161,6 +159,11 @@ def process_docstring(app, what, name, thing, options, lines):
     if what == "module": lines += overview(module)
 
 
+def skip_foreign(app, what, name, thing, skip, options):
+    "autodoc's hook: what a module takes from other packages is not ours to describe."
+    return skip or (what == "module" and hasattr(thing, "__module__") and not str(thing.__module__).startswith("adiff"))
+
+
 def process_signature(app, what, name, thing, options, signature, return_annotation):
     "autodoc's hook: the keys of a configuration are listed below it, so its signature need not repeat them."
     if what == "class" and hasattr(thing, "model_fields"): return "(**keys)", return_annotation
@@ -169,8 +172,9 @@ def process_signature(app, what, name, thing, options, signature, return_annotat
 def overview(module):
     "A table of the public names of `module`, then its values, which automodule passes over. adiff itself lists what it takes from its modules."
     package = sys.modules[module]
-    names = package.__all__ or [f"~{home}.{name}" for name, home in getattr(package, "_homes", {}).items()]
-    values = [name for name in package.__all__ if not isinstance(unwrap(getattr(package, name)), (type, FunctionType))]
+    own = [name for name in package.__all__ if home_of(module, name)]
+    names = own or [f"~adiff.{home}" for home in getattr(package, "_homes", {}).values()]
+    values = [name for name in own if not isinstance(unwrap(getattr(package, name)), (type, FunctionType))]
     table = ["", ".. autosummary::", "   :nosignatures:", "", *(f"   {name}" for name in names), ""] if names else []
     return [*table, *(line for name in values for line in (f".. autodata:: {module}.{name}", ""))]
 
@@ -181,9 +185,10 @@ def finish_signatures(app, tree):
     for signature in tree.findall(addnodes.desc_signature):
         module, name = signature.get("module"), signature.get("fullname", "")
         if module not in build.modules(): continue
-        known = definitions(module)
-        notebook, cell, *_ = known.get(name) or known.get(name.split(".")[0]) or (build.modules()[module], None)
-        link = nodes.reference("", "", internal=True, refuri=f"../{notebook}.html" + (f"#cell-{cell}" if cell else ""), classes=["notebook-link"])
+        known = home_of(module, name) or home_of(module, name.split(".")[0])
+        notebook, cell, *_ = known or (build.modules()[module], None)
+        link = nodes.reference("", "", internal=True, refuri=f"../{notebook}.html" + (f"#cell-{cell}" if cell else ""),
+                               classes=["notebook-link"])
         link += nodes.Text(f"[{notebook}]")
         signature += link
         if signature.parent["objtype"] == "attribute" and (text := attribute(name, module)):
@@ -193,5 +198,6 @@ def finish_signatures(app, tree):
 
 def setup(app):
     app.connect("autodoc-process-docstring", process_docstring)
+    app.connect("autodoc-skip-member", skip_foreign)
     app.connect("autodoc-process-signature", process_signature)
     app.connect("doctree-read", finish_signatures)
