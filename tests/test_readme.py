@@ -143,8 +143,8 @@ def test_named_files_and_parameters_exist(repository):
 def test_make_targets_exist(repository):
     "Those that the pages name, and those that continuous integration calls."
     text = "\n".join((repository / page).read_text() for page in (*PAGES, "CONTRIBUTING.md"))
-    matrix = re.search(r"target: \[(.*)\]", (repository / ".github/workflows/test.yml").read_text())[1].split(", ")
-    targets = {*re.findall(r"(?:`|^)make (\w+)\b", text, re.MULTILINE), *matrix}
+    text += (repository / ".github/workflows/test.yml").read_text().replace("run: make", "`make")
+    targets = set(re.findall(r"(?:`|^)make (\w+)\b", text, re.MULTILINE))
     assert {"demo", "test", "docs"} <= targets
     for target in targets:
         assert re.search(rf"^{target}:", (repository / "Makefile").read_text(), re.MULTILINE), target
