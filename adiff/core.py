@@ -58,7 +58,8 @@ def ensure_folder(folder: AnyPath) -> Path:
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except (OSError, ValueError) as error:  # a ValueError: a NUL in the path
-        raise InputError(f"{folder}: cannot write here ({getattr(error, 'strerror', error)}); choose another output folder") from None
+        reason = getattr(error, "strerror", error)
+        raise InputError(f"{folder}: cannot write here ({reason}); choose another output folder") from None
 
 
 def _flush(path: Path) -> None:
@@ -75,8 +76,8 @@ def _flush(path: Path) -> None:
 def _acquire(path: Path, patience: float = 0.0) -> FileLock | None:
     """Locks the file `path`, which is created; `release()` of what comes back unlocks it.
 
-    Returns None on file systems without locks: it is better to work unlocked than not at all. Raises `filelock.Timeout` if somebody else
-    holds the lock for `patience` seconds, or removes its folder meanwhile.
+    Returns None on file systems without locks: it is better to work unlocked than not at all. Raises `filelock.Timeout`
+    if somebody else holds the lock for `patience` seconds, or removes its folder meanwhile.
     """
     lock = FileLock(path, timeout=patience)
     try:
@@ -101,7 +102,8 @@ def _discard(folder: Path, lock: FileLock | None) -> None:
 # %% ../nbs/00_core.ipynb #5d1c7fe8
 @contextlib.contextmanager
 def _temporary_folder(target: Path) -> Iterator[Path]:
-    "Yields a new, locked folder beside `target`, for things that will be renamed to it; removes what is left of the folder."
+    """Yields a new, locked folder beside `target`, for things that will be renamed to it; removes what is left of
+    the folder."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))
         try:
@@ -136,10 +138,10 @@ def _disk_errors(path: AnyPath) -> Iterator[None]:
 # %% ../nbs/00_core.ipynb #6b90d4fe
 @contextlib.contextmanager
 def atomic_path(path: AnyPath) -> Iterator[Path]:
-    """Yields the path of an empty file of the same name; on success it is flushed and moved to `path`, on an error it is removed.
+    """Yields the path of an empty file of the same name; on success it is moved to `path`, on an error it is removed.
 
-    The folder of `path` is created. Raises `InputError` if it cannot be written to, and `OSError` if the disk is full, whatever the body
-    raises then.
+    The folder of `path` is created. Raises `InputError` if it cannot be written to, and `OSError` if the disk is full,
+    whatever the body raises then.
     """
     path = Path(path)
     ensure_folder(path.parent)
@@ -156,8 +158,8 @@ def atomic_path(path: AnyPath) -> Iterator[Path]:
 def atomic_folder(folder: AnyPath) -> Iterator[Path]:
     """Yields an empty folder; on success it is flushed and renamed to `folder`, on an error it is removed.
 
-    Removes what killed processes have left of the same folder. Raises `InputError` if `folder` exists with something in it or cannot be
-    created, and `OSError` if the disk is full, whatever the body raises then.
+    Removes what killed processes have left of the same folder. Raises `InputError` if `folder` exists with something in
+    it or cannot be created, and `OSError` if the disk is full, whatever the body raises then.
     """
     folder = Path(folder)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
@@ -174,7 +176,8 @@ def atomic_folder(folder: AnyPath) -> Iterator[Path]:
 
 # %% ../nbs/00_core.ipynb #d7a2e851
 def remove_leftovers(folder: AnyPath, skip: str | None = None) -> None:
-    """Removes temporary folders that killed processes left below `folder`, except in its folder `skip`; those of living processes stay."""
+    """Removes temporary folders that killed processes left below `folder`, except in its folder `skip`; those of living
+    processes stay."""
     for inside, folders, _ in os.walk(os.fspath(folder)):
         _remove_abandoned(Path(inside, name) for name in folders if re.match(r"\..+\.tmp-", name))
         folders[:] = [name for name in folders if Path(inside, name) != Path(folder, skip or "")]
@@ -190,7 +193,8 @@ def _remove_abandoned(folders: Iterable[Path]) -> None:
 
 # %% ../nbs/00_core.ipynb #bea3adec
 def write_json(path: AnyPath, value: Any) -> None:
-    "Writes `value` as indented JSON, atomically. NaN is refused: undefined numbers are null, with a reason beside them."
+    """Writes `value` as indented JSON, atomically. NaN is refused: undefined numbers are null, with a reason beside
+    them."""
     text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False)
     with atomic_path(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
@@ -204,7 +208,7 @@ def read_json(path: AnyPath) -> Any:
         raise InputError(f"{path}: no such file") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:  # no JSON, another encoding, a number of thousands of digits, thousands of brackets
+    except (ValueError, RecursionError) as error:  # no JSON, another encoding, numbers or brackets by the thousand
         raise InputError(f"{path}: not valid JSON ({error})") from None
 
 # %% ../nbs/00_core.ipynb #20bb8149
@@ -212,8 +216,8 @@ def read_json(path: AnyPath) -> Any:
 def locked(folder: AnyPath, patience: float = 10.0, name: str = ".lock") -> Iterator[None]:
     """Holds the lock of `folder` (a file `name` in it) while the body runs; creates the folder if needed.
 
-    Raises `InputError` if another process, or an enclosing `locked` of the same folder, does not let go of it for `patience` seconds,
-    or if the folder cannot be written to.
+    Raises `InputError` if another process, or an enclosing `locked` of the same folder, does not let go of it for
+    `patience` seconds, or if the folder cannot be written to.
     """
     path = ensure_folder(folder) / name
     try:
@@ -259,7 +263,8 @@ def interrupt(number: int, stack: FrameType | None = None, message: str = "") ->
 
 
 class StopRequest:
-    "A handler for `signals_to` that only remembers, in `number`, that a signal has come; a second Ctrl-C does not wait."
+    """A handler for `signals_to` that only remembers, in `number`, that a signal has come; a second Ctrl-C does not
+    wait."""
 
     number: int | None = None
 
@@ -286,12 +291,14 @@ def set_seed(seed: int) -> None:
 
 # %% ../nbs/00_core.ipynb #c85f21a0
 def random_states(device: Any = "cpu") -> dict[str, Any]:
-    "The states of python's, numpy's and torch's generators, the latter on the CPU and on `device`, as plain numbers and tensors."
+    """The states of python's, numpy's and torch's generators, the latter on the CPU and on `device`, as plain
+    numbers and tensors."""
     import numpy as np
     import torch
 
     name, numbers, *rest = np.random.get_state()
-    return {"python": random.getstate(), "numpy": (name, np.asarray(numbers).tolist(), *rest), "torch": torch.get_rng_state(),
+    return {"python": random.getstate(), "numpy": (name, np.asarray(numbers).tolist(), *rest),
+            "torch": torch.get_rng_state(),
             "device": torch.cuda.get_rng_state(device) if torch.device(device).type == "cuda" else None}
 
 
@@ -308,7 +315,8 @@ def restore_random_states(states: dict[str, Any], device: Any = "cpu") -> None:
 
 # %% ../nbs/00_core.ipynb #49ab6816
 def resolve_device(name: str = "auto") -> Any:
-    "The torch device for `name`; 'auto' takes CUDA, then Apple's MPS, then the CPU. Raises `InputError` if it is absent."
+    """The torch device for `name`; 'auto' takes CUDA, then Apple's MPS, then the CPU. Raises `InputError` if it is
+    absent."""
     import torch
 
     if name == "auto":
@@ -331,7 +339,8 @@ def versions() -> dict[str, str]:
 
 # %% ../nbs/00_core.ipynb #5077bb17
 class _Bar(tqdm):
-    "A bar whose end is out before the next thing is printed elsewhere: notebooks would show it below that, as an empty line."
+    """A bar whose end is out before the next thing is printed elsewhere: notebooks would show it below that, as an
+    empty line."""
 
     def close(self) -> None:
         if not self.disable:
@@ -354,12 +363,13 @@ class _Lines:
 
 # %% ../nbs/00_core.ipynb #8a40d5f7
 def progress(iterable: Iterable | None = None, **options: Any) -> Any:
-    """A tqdm bar with time left, on standard error: redrawn twice a second where somebody watches, else (a log) a line every 10 seconds.
+    """A tqdm bar with time left, on standard error: redrawn twice a second where somebody watches, else (a log) a line
+    every 10 seconds.
 
-    Where several processes do the same side by side (`adiff.training.processes`), only the first shows its bars; none where the
-    environment variable `ADIFF_QUIET` is set, as `--quiet` does for all processes that a command starts.
+    Where several processes do the same side by side (`adiff.training.processes`), only the first shows its bars; none
+    where the environment variable `ADIFF_QUIET` is set, as `--quiet` does for all processes that a command starts.
     """
-    watched = sys.stderr.isatty() or "JPY_SESSION_NAME" in os.environ  # a terminal, or a notebook that is open in Jupyter
+    watched = sys.stderr.isatty() or "JPY_SESSION_NAME" in os.environ  # a terminal, or Jupyter
     seconds, file = (0.5, sys.stderr) if watched else (10, _Lines(sys.stderr))
     return _Bar(iterable, mininterval=seconds, maxinterval=max(seconds, 10), file=file, dynamic_ncols=watched,
                 disable=os.environ.get("RANK", "0") != "0" or "ADIFF_QUIET" in os.environ, **options)
@@ -376,7 +386,9 @@ def duration(seconds: float | None) -> str:
     if seconds is None:
         return ""
     minutes, rest = divmod(round(seconds), 60)
-    return f"{rest} s" if not minutes else f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def log_tail(path: AnyPath, lines: int = 40) -> str:

@@ -1,4 +1,5 @@
-"""adiff doctor: what is broken is a finding with a meaning and a remedy, never a traceback; the network is not touched."""
+"""adiff doctor: what is broken is a finding with a meaning and a remedy, never a traceback; the network is not
+touched."""
 import json
 import os
 import subprocess
@@ -8,19 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 
+from adiff.lab import doctor
 from adiff.lab.doctor import Finding, _checks, _disk, _gpus, examine, findings_record, findings_text, works
 
 REPORT = """
 import json
 import sys
-from adiff import doctor
+from adiff.lab import doctor
 for name in sys.argv[2:]: del doctor._checks[name]
 print(json.dumps(doctor.findings_record(doctor.examine(sys.argv[1]))))
 """
 
 
 def report(out, *packages, without=(), **environment):
-    "Whether adiff works and {what: finding}, as a new process finds them, with the folder `packages` before all others."
+    """Whether adiff works and {what: finding}, as a new process finds them, with the folder `packages` before all
+    others."""
     path = os.pathsep.join([*map(str, packages), *filter(None, sys.path)])
     result = subprocess.run([sys.executable, "-c", REPORT, str(out), *without], capture_output=True, text=True,
                             env={**os.environ, "PYTHONPATH": path, **environment})
@@ -35,7 +38,8 @@ def package(folder, name, code, version="0.1"):
     (folder / name).mkdir(parents=True)
     (folder / name / "__init__.py").write_text(code)
     (folder / f"{name}-{version}.dist-info").mkdir()
-    (folder / f"{name}-{version}.dist-info" / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+    (folder / f"{name}-{version}.dist-info" / "METADATA").write_text(metadata)
 
 
 @pytest.fixture(scope="module")
@@ -43,20 +47,22 @@ def healthy(tmp_path_factory):
     weights = tmp_path_factory.mktemp("weights")
     (weights / "taesd").mkdir()
     proxy = "http://127.0.0.1:9"  # nobody listens there: whatever asks the network fails
-    return report(tmp_path_factory.mktemp("out") / "not" / "yet", ADIFF_WEIGHTS=str(weights), HF_HOME=str(weights / "cache"),
+    return report(tmp_path_factory.mktemp("out") / "not" / "yet", ADIFF_WEIGHTS=str(weights),
+                  HF_HOME=str(weights / "cache"),
                   HTTPS_PROXY=proxy, HTTP_PROXY=proxy, OMP_NUM_THREADS="64")
 
 
 def test_a_healthy_machine(healthy, repository):
     works, found = healthy
     assert works, [one for one in found.values() if one["state"] == "error"]
-    for name in ("torch", "diffusers", "torchaudio", "soundfile", "adiff", "memory", "feature weights", "jupyter kernel"):
+    for name in ("torch", "diffusers", "torchaudio", "soundfile", "adiff", "memory", "feature weights",
+                 "jupyter kernel"):
         assert found[name]["state"] == "ok", found[name]
     assert found["codec taesd"]["state"] == "ok" and found["codec taef2"]["state"] == "missing"
     assert "hub" in found["codec taef2"]["detail"] and "ADIFF_WEIGHTS" in found["codec taef2"]["remedy"]
     assert found["cores"]["state"] == "warning" and "OMP_NUM_THREADS=64" in found["cores"]["detail"]
-    matrices = len(list((repository / "nbs/experiments/matrices").glob("*.yaml")))
-    assert found["clone"]["detail"].endswith(f"{matrices} matrices")
+    for path in (repository / "nbs/experiments/matrices").glob("*.yaml"):
+        assert path.stem in found["matrices"]["detail"]
     assert not (Path(found["output folder"]["detail"].split(":")[0]) / "not").exists()
 
 
@@ -64,22 +70,40 @@ def test_every_finding_that_is_not_well_says_what_it_means_and_what_to_do(health
     for one in healthy[1].values():
         assert "\n" not in one["detail"] and one["state"] in ("ok", "missing", "warning", "error")
         assert one["state"] == "ok" or (one["meaning"] and one["remedy"]), one
-    assert all(state in ("warning", "error") and meaning and remedy for _, state, meaning, remedy in _checks.values())
+    assert all(state in ("missing", "warning", "error") and meaning and remedy for _, state, meaning,
+               remedy in _checks.values())
 
 
 def test_broken_packages_are_findings(tmp_path):
-    "torchvision raises, and diffusers with it; torchaudio misses a library that is not CUDA's; psutil takes its process with it."
+    """torchvision raises, and diffusers with it; torchaudio misses a library that is not CUDA's; psutil takes its
+    process with it."""
     package(tmp_path, "torchvision", "raise RuntimeError('operator torchvision::nms does not exist\\nand more')")
     package(tmp_path, "torchaudio", "raise OSError('libgone.so: cannot open shared object file')")
     package(tmp_path, "psutil", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", version="5.0")
-    works, found = report(tmp_path, tmp_path, without=("adiff", "cores", "GPU", "weights", "feature weights", "jupyter kernel", "clone"))
+    works, found = report(tmp_path, tmp_path,
+                          without=("adiff", "cores", "GPU", "weights", "feature weights", "jupyter kernel", "matrices"))
     assert not works
     assert found["torchvision"]["state"] == "warning" and "uninstall torchvision" in found["torchvision"]["remedy"]
     assert found["diffusers"]["state"] == "error" and "torchvision::nms" in found["diffusers"]["detail"]
     assert found["torchaudio"]["state"] == "error" and "libgone.so" in found["torchaudio"]["detail"]
     assert found["memory"]["state"] == "warning" and "SIGSEGV" in found["memory"]["detail"]
-    assert found["psutil"]["state"] == "warning" and "5.0" in found["psutil"]["detail"]  # another version than in constraints.txt
     assert found["output folder"]["state"] == found["packages"]["state"] == "ok"  # what comes later is still looked at
+
+
+def test_extras(tmp_path, monkeypatch):
+    "What of an extra is missing is one finding, which says how to install it; no command of the core is concerned."
+    installed = doctor._installed
+    monkeypatch.setattr(doctor, "_installed", lambda name: None if name in ("papermill", "psutil") else installed(name))
+    found = {finding.what: finding for finding in doctor._extras(tmp_path) + doctor._memory(tmp_path)}
+    assert found["adiff[lab]"].state == "missing" and found["adiff[lab]"].detail == "not installed: papermill, psutil"
+    assert "reproduce" in found["adiff[lab]"].meaning and found["adiff[lab]"].remedy == "pip install 'adiff[lab]'"
+    assert found["memory"].state == "missing" and found["adiff[export]"].state == "ok" and works(found.values())
+
+
+def test_another_version_than_tested(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "_installed", lambda name: "5.0")
+    found = {finding.what: finding for finding in doctor._packages(tmp_path)}
+    assert found["torch"].state == "warning" and found["torch"].detail.startswith("5.0, tested with")
 
 
 def test_a_check_that_never_ends_is_given_up(tmp_path, monkeypatch):
@@ -106,7 +130,8 @@ def test_a_gpu_that_torch_cannot_use_and_one_that_it_can(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     finding, = _gpus(tmp_path)
     assert finding.state == "warning" and "NVIDIA H100" in finding.detail and "pytorch.org" in finding.remedy
-    for name, answer in {"is_available": True, "device_count": 1, "mem_get_info": (40e9, 80e9), "get_device_name": "NVIDIA H100",
+    for name, answer in {"is_available": True, "device_count": 1, "mem_get_info": (40e9, 80e9),
+                         "get_device_name": "NVIDIA H100",
                          "get_device_capability": (9, 0)}.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
     finding, = _gpus(tmp_path)
