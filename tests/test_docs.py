@@ -1,4 +1,4 @@
-"""The documentation site: built once without network, every link leads somewhere, every public name leads to its cell."""
+"""The documentation site: built without network, every link leads somewhere, every name to its cell."""
 import ast
 import json
 import re
@@ -15,7 +15,7 @@ NEEDS = ("sphinx", "myst_nb", "furo", "sphinx-mathjax-offline")
 
 
 class Page(HTMLParser):
-    "What a test needs of one page: ids, links, what the browser loads by itself, and the notebook link of every signature."
+    "What a test needs of one page: ids, links, what the browser loads, and the notebook link of every signature."
 
     def __init__(self, text):
         super().__init__()
@@ -40,9 +40,10 @@ class Page(HTMLParser):
 def site(repository, tmp_path_factory):
     missing = [name for name in NEEDS if not find_spec(name)]
     if missing:
-        pytest.skip(f"needs {', '.join(missing)}: pip install -c constraints.txt -e '.[docs]'")
+        pytest.skip(f"needs {', '.join(missing)}: pip install -c constraints.txt -e '.[lab]'")
     out = tmp_path_factory.mktemp("docs")
-    built = subprocess.run([sys.executable, repository / "nbs/_site/build.py", out], cwd=out, capture_output=True, text=True)
+    built = subprocess.run([sys.executable, repository / "nbs/_site/build.py", out], cwd=out, capture_output=True,
+                           text=True)
     assert built.returncode == 0, built.stderr[-3000:]
     return out / "html"
 
@@ -54,12 +55,18 @@ def pages(site):
 
 def public_names(repository):
     "Module -> names in its __all__, read without importing."
-    for path in sorted((repository / "adiff").glob("*.py")):
-        if path.stem == "_modidx":
+    for path in sorted((repository / "adiff").rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        if path.stem == "_modidx" or "__all__ = " not in text:
             continue
-        names = next(node.value for node in ast.parse(path.read_text(encoding="utf-8")).body
-                     if isinstance(node, ast.Assign) and node.targets[0].id == "__all__")
-        yield "adiff" if path.stem == "__init__" else f"adiff.{path.stem}", ast.literal_eval(names)
+        tree = ast.parse(text)
+        names = next(node.value for node in tree.body if isinstance(node, ast.Assign)
+                     and node.targets[0].id == "__all__")
+        taken = {alias.asname or alias.name for node in tree.body if isinstance(node, ast.ImportFrom)
+                 for alias in node.names}
+        module = ".".join(["adiff",
+                           *path.relative_to(repository / "adiff").with_suffix("").parts]).removesuffix(".__init__")
+        yield module, [name for name in ast.literal_eval(names) if name not in taken]
 
 
 def test_every_notebook_has_a_page_without_directives(repository, site):
@@ -77,9 +84,11 @@ def test_every_public_name_leads_to_the_cell_that_defines_it(repository, site, p
         for name in names:
             target, _, cell = page.notebook[f"{module}.{name}"].partition("#")
             assert cell in pages[target.removeprefix("../")].ids, (module, name, target, cell)
-            notebook = json.loads((repository / "nbs" / target.removeprefix("../")).with_suffix(".ipynb").read_text(encoding="utf-8"))
+            path = (repository / "nbs" / target.removeprefix("../")).with_suffix(".ipynb")
+            notebook = json.loads(path.read_text(encoding="utf-8"))
             source = next("".join(c["source"]) for c in notebook["cells"] if f"cell-{c['id']}" == cell)
-            assert re.search(rf"^(def|class) {name}\b|^(\w+, )*{name}(, \w+)* *(:[^=\n]+)?=", source, re.MULTILINE), (module, name)
+            assert re.search(rf"^(def|class) {name}\b|^(\w+, )*{name}(, \w+)* *(:[^=\n]+)?=", source,
+                             re.MULTILINE), (module, name)
 
 
 def test_no_link_is_broken_and_nothing_comes_from_elsewhere(site, pages):
@@ -107,17 +116,19 @@ def test_no_link_is_broken_and_nothing_comes_from_elsewhere(site, pages):
 
 def test_the_site_names_no_path_of_the_machine(repository, site):
     private = [str(repository).encode(), sys.prefix.encode(), str(site.parent).encode()]
-    assert [path for path in site.rglob("*") if path.is_file() and any(name in path.read_bytes() for name in private)] == []
+    assert [path for path in site.rglob("*") if path.is_file()
+            and any(name in path.read_bytes() for name in private)] == []
 
 
 def test_formulas_are_drawn_from_disk(site, tmp_path):
-    page = site / "22_deviation.html"
+    page = site / "diffusion/01_masked.html"
     text = page.read_text(encoding="utf-8")
     assert text.count(r"\[") >= 4 and "tex-svg-full.js" in text
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if not browser:
         pytest.skip("needs chromium to see the formulas drawn")
-    shown = subprocess.run([browser, "--headless", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND",
+    shown = subprocess.run([browser, "--headless", "--no-sandbox", "--disable-gpu",
+                            "--host-resolver-rules=MAP * ~NOTFOUND",
                             f"--user-data-dir={tmp_path}", "--virtual-time-budget=20000", "--dump-dom", page.as_uri()],
                            capture_output=True, text=True, timeout=120).stdout
     assert shown.count("<mjx-container") >= text.count(r"\[") + text.count(r"\(") > 10
@@ -125,10 +136,19 @@ def test_formulas_are_drawn_from_disk(site, tmp_path):
 
 def test_search_knows_pages_and_names(site):
     index = (site / "searchindex.js").read_text(encoding="utf-8")
-    assert "22_deviation" in index and "random_patch_mask" in index
+    assert "diffusion/01_masked" in index and "random_patch_mask" in index
     assert "searchindex.js" in (site / "search.html").read_text(encoding="utf-8")
 
 
 def test_tables_of_executed_results_are_tables(site):
     page = (site / "experiments/results/baselines.html").read_text()
     assert page.count("<table") >= 3 and "| variant |" not in page
+
+
+def test_the_sidebar_shows_titles_by_chapter(site):
+    text = (site / "index.html").read_text(encoding="utf-8")
+    sidebar = text[text.index('<div class="sidebar-tree">'):text.index("</aside>")]
+    captions = re.findall(r'<span class="caption-text">([^<]+)</span>', sidebar)
+    assert captions[:5] == ["Guides", "Tutorials", "Core", "Data", "Codecs"] and "Diffusion" in captions
+    titles = re.findall(r'<a class="[^"]*reference internal[^"]*" href="[^"]*">([^<]+)</a>', sidebar)
+    assert len(titles) > 60 and not [title for title in titles if re.match(r"\d\d[_ ]", title)]

@@ -20,7 +20,7 @@ INCONSISTENT = {*(("RD4AD", "mvtec_ad", metric) for metric in ("pixel_ap", "pixe
 @pytest.fixture(scope="module")
 def published(repository):
     return pd.read_csv(repository / "nbs/experiments/published.csv", keep_default_na=False).assign(
-        value=lambda processor: pd.to_numeric(frame["value"].replace("", None)))
+        value=lambda rows: pd.to_numeric(rows["value"].replace("", None)))
 
 
 def number(published, method, dataset, metric, category="mean"):
@@ -72,7 +72,8 @@ def test_categories(published):
     assert number(published, "MambaAD", "mvtec_ad", "pixel_ap", "bottle") == 79.7
     assert number(published, "DiAD", "visa", "image_f1_max", "pipe_fryum") == 93.7
     assert number(published, "DDAD", "mvtec_ad", "aupro", "wood") == 82.9
-    columns = published[published["category"] != "mean"].groupby(["method", "dataset", "setting", "metric"], as_index=False).size()
+    columns = published[published["category"] != "mean"].groupby(["method", "dataset", "setting", "metric"],
+                                                                 as_index=False).size()
     assert (columns["size"] == columns["dataset"].map(CATEGORIES)).all()
     assert len(columns) == 6 * 2 * 7 + 1 * 2 * 3
 

@@ -21,11 +21,12 @@ from adiff.lab.matrix import matrices_folder, plan, read_matrix
 from adiff.lab.reproduce import _carry_out, _write_run, describe_plan, reproduce, state
 
 KERNEL = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
-MOMENT = "{length: 6, batch_size: 4, augmentations: [], checkpoint_every: 2}"
+MOMENT = "{training: {length: 6, batch_size: 4, augmentations: [], checkpoint_every: 2}}"
 
 
 def write_notebook(path, parameters, *sources):
-    cells = [{"cell_type": "code", "metadata": {"tags": ["parameters"] * (i == 0)}, "source": source, "execution_count": None,
+    cells = [{"cell_type": "code", "metadata": {"tags": ["parameters"] * (i == 0)}, "source": source,
+              "execution_count": None,
               "outputs": []}
              for i, source in enumerate((parameters, *sources))]
     path.write_text(json.dumps({"cells": cells, "metadata": KERNEL, "nbformat": 4, "nbformat_minor": 4}))
@@ -35,14 +36,17 @@ def write_notebook(path, parameters, *sources):
 def squares(tmp_path):
     "A matrix of six small runs that write x squared, and one that fails."
     write_notebook(tmp_path / "square.ipynb", "x: int = 0\nout_dir: str = ''", "assert x != 3, 'no threes'",
-                   "import pathlib, os\n(pathlib.Path(out_dir) / 'square.txt').write_text(f'{x**2} {os.environ.get(\"OMP_NUM_THREADS\")}')")
+                   "import pathlib, os\nthreads = os.environ.get('OMP_NUM_THREADS')",
+                   "(pathlib.Path(out_dir) / 'square.txt').write_text(f'{x**2} {threads}')")
     path = tmp_path / "squares.yaml"
-    path.write_text("description: squares\ngroups: {squares: {notebook: square.ipynb, axes: {x: [1, 2, 3, 4]}, minutes: 0.1}}")
+    path.write_text("description: squares\n"
+                    "groups: {squares: {notebook: square.ipynb, axes: {x: [1, 2, 3, 4]}, minutes: 0.1}}")
     return path
 
 
 def adiff(*arguments, **options):
-    return subprocess.run([Path(sys.executable).with_name("adiff"), *map(str, arguments)], capture_output=True, text=True, **options)
+    return subprocess.run([Path(sys.executable).with_name("adiff"), *map(str, arguments)], capture_output=True,
+                          text=True, **options)
 
 
 def contents(out, pattern="runs/*/square.txt"):
@@ -55,7 +59,8 @@ def test_command_line(squares, tmp_path):
     before = adiff("reproduce", squares, "--out", out, "--dry-run")
     assert before.returncode == 0 and "4 new" in before.stdout and "about" in before.stdout and not out.exists()
     first = adiff("reproduce", squares, "--out", out, "--jobs", 2)
-    assert first.returncode == 1 and "3: AssertionError: no threes" in first.stdout and "4 runs, 3 done; 1 not" in first.stdout
+    assert first.returncode == 1 and "3: AssertionError: no threes" in first.stdout
+    assert "4 runs, 3 done; 1 not" in first.stdout
     assert contents(out) == {"1": "1", "2": "4", "4": "16"}
     times = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/*.json")}
     again = adiff("reproduce", squares, "--out", out)
@@ -73,7 +78,8 @@ def test_command_line(squares, tmp_path):
 def test_killed_at_any_moment(squares, tmp_path):
     "SIGKILL to the command, three times; no orphan goes on, and the end is as without."
     write_notebook(tmp_path / "square.ipynb", "x: int = 0\nout_dir: str = ''", "import pathlib, time",
-                   "for part in range(10):\n    time.sleep(0.1)\n    (pathlib.Path(out_dir) / 'beat').write_text(str(part))",
+                   "for part in range(10):\n    time.sleep(0.1)\n"
+                   "    (pathlib.Path(out_dir) / 'beat').write_text(str(part))",
                    "(pathlib.Path(out_dir) / 'square.txt').write_text(f'{x**2}')")
     out, generator = tmp_path / "out", random.Random(0)
     command = [Path(sys.executable).with_name("adiff"), "reproduce", squares, "--out", out, "--jobs", "2"]
@@ -93,7 +99,8 @@ def test_killed_at_any_moment(squares, tmp_path):
 def test_interrupted_politely(squares, tmp_path):
     "Ctrl-C ends the children and says how to go on."
     write_notebook(tmp_path / "square.ipynb", "x: int = 0\nout_dir: str = ''", "import time; time.sleep(600)")
-    child = subprocess.Popen([Path(sys.executable).with_name("adiff"), "reproduce", squares, "--out", tmp_path / "out", "--jobs", "2"],
+    child = subprocess.Popen([Path(sys.executable).with_name("adiff"), "reproduce", squares, "--out", tmp_path / "out",
+                              "--jobs", "2"],
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not list((tmp_path / "out").glob("runs/*/log.txt")):
         time.sleep(0.1)
@@ -141,13 +148,14 @@ def test_everything_is_made(local_run):
 
 
 def test_submitit_gives_the_same_metrics(small_matrix, local_run):
-    "Also if one of the runs is told to stop on the way, as by Slurm before it takes a machine away: it is queued again."
+    "A run that is told to stop on the way, as by Slurm before it takes a machine away, is queued again."
     out, stopped = small_matrix.parent / "submitit", []
 
     def stop_one():
         while not stopped:
             if list(out.glob("runs/*/log.txt")):
-                runs = [one for one in psutil.process_iter(["cmdline"]) if {"adiff.lab.engines", "--child"} <= set(one.info["cmdline"] or ())]
+                runs = [one for one in psutil.process_iter(["cmdline"])
+                        if {"adiff.lab.engines", "--child"} <= set(one.info["cmdline"] or ())]
                 stopped.extend(one for one in runs if any(part.startswith(str(out)) for part in one.info["cmdline"]))
             time.sleep(0.05)
         stopped[0].terminate()
@@ -180,7 +188,8 @@ def test_sbatch_script(squares, tmp_path, monkeypatch):
     "A fake sbatch records the script and then does what Slurm would: runs every task of the array with bash."
     fake = tmp_path / "bin/sbatch"
     fake.parent.mkdir()
-    fake.write_text(f"#!/bin/bash\ncp \"$1\" {tmp_path}/recorded.sh\nfor i in 0 1 2 3; do SLURM_ARRAY_TASK_ID=$i bash \"$1\"; done\n"
+    fake.write_text(f"#!/bin/bash\ncp \"$1\" {tmp_path}/recorded.sh\n"
+                    "for i in 0 1 2 3; do SLURM_ARRAY_TASK_ID=$i bash \"$1\"; done\n"
                     "echo Submitted batch job 7\n")
     fake.chmod(fake.stat().st_mode | stat.S_IEXEC)
     monkeypatch.setenv("PATH", f"{fake.parent}:{os.environ['PATH']}")
@@ -199,13 +208,15 @@ def test_sbatch_script(squares, tmp_path, monkeypatch):
 def test_a_run_on_every_core_has_its_share_of_threads(squares, tmp_path):
     reproduce(squares, tmp_path / "out", jobs=2)
     cores = len(os.sched_getaffinity(0))
-    assert {path.read_text().split()[1] for path in (tmp_path / "out").glob("runs/*/square.txt")} == {str(max(1, cores // 2))}
+    assert {path.read_text().split()[1]
+            for path in (tmp_path / "out").glob("runs/*/square.txt")} == {str(max(1, cores // 2))}
 
 
 def test_planning_and_overhead(tmp_path):
     "200 runs are planned within 2 seconds; a run costs less than 0.5 seconds of CPU beyond papermill's own."
     write_notebook(tmp_path / "trivial.ipynb", "x: int = 0", "x + 1")
-    (tmp_path / "many.yaml").write_text(f"groups: {{many: {{notebook: trivial.ipynb, axes: {{x: {list(range(200))}}}}}}}")
+    (tmp_path / "many.yaml").write_text(f"groups: {{many: {{notebook: trivial.ipynb, axes: {{x: "
+                                        f"{list(range(200))}}}}}}}")
     began = time.perf_counter()
     assert len(plan(tmp_path / "many.yaml")) == 200
     assert time.perf_counter() - began < 2
@@ -213,7 +224,8 @@ def test_planning_and_overhead(tmp_path):
 
     def papermill():
         for x in range(2):
-            subprocess.run([sys.executable, "-m", "papermill", tmp_path / "trivial.ipynb", tmp_path / "out.ipynb", "-p", "x", str(x),
+            subprocess.run([sys.executable, "-m", "papermill", tmp_path / "trivial.ipynb", tmp_path / "out.ipynb", "-p",
+                            "x", str(x),
                             "--no-progress-bar"],
                            check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
@@ -239,7 +251,8 @@ def test_planning_and_overhead(tmp_path):
 
 
 @pytest.mark.parametrize("change, words", [
-    (("x: [1", "y: [1"), ["unknown parameter", "'y'"]), (("square.ipynb", "circle.ipynb"), ["circle.ipynb", "no such file"]),
+    (("x: [1", "y: [1"), ["unknown parameter", "'y'"]), (("square.ipynb", "circle.ipynb"),
+                                                         ["circle.ipynb", "no such file"]),
     (("axes", "axis"), ["axis"]), (("groups:", "groups: ]"), ["YAML"]),
     (("notebook: square.ipynb", "notebook: broken.ipynb"), ["broken.ipynb"]),
     (("axes:", "parameters: {data_root: d}, axes:"), ["data_root"])])
@@ -255,21 +268,24 @@ def test_what_is_wrong_is_said_before_anything_runs(squares, tmp_path, change, w
 def test_a_missing_dataset_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     answer = adiff("reproduce", "deco_mvtec")
-    assert answer.returncode == 2 and "data_scripts/mvtec_ad.py" in answer.stderr and "--data mvtec_ad=" in answer.stderr
+    assert answer.returncode == 2 and "data_scripts/mvtec_ad.py" in answer.stderr
+    assert "--data mvtec_ad=" in answer.stderr
     assert len(answer.stderr.strip().splitlines()) == 1 and not (tmp_path / "reproduced").exists()
     assert "known: ablation_adiff" in adiff("reproduce", "dmeo").stderr
 
 
 def test_misspelt_overrides_are_refused_before_anything_runs(small_matrix, tmp_path):
-    answer = adiff("reproduce", small_matrix, "--out", tmp_path / "out", "-p", "overrides={lenght: 3}")
-    assert answer.returncode == 2 and "lenght" in answer.stderr and "length" in answer.stderr and not (tmp_path / "out").exists()
+    answer = adiff("reproduce", small_matrix, "--out", tmp_path / "out", "-p", "overrides.training.lenght=3")
+    assert answer.returncode == 2 and "lenght" in answer.stderr and "length" in answer.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_two_commands_on_one_folder(squares, tmp_path):
     "The second is refused, and the first is not disturbed."
     write_notebook(tmp_path / "square.ipynb", "x: int = 0\nout_dir: str = ''", "import time, pathlib; time.sleep(3)",
                    "(pathlib.Path(out_dir) / 'square.txt').write_text(f'{x**2}')")
-    command = [Path(sys.executable).with_name("adiff"), "reproduce", squares, "--out", tmp_path / "out", "--only", "x=1"]
+    command = [Path(sys.executable).with_name("adiff"), "reproduce", squares, "--out", tmp_path / "out", "--only",
+               "x=1"]
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not list((tmp_path / "out").glob("runs/*/log.txt")):
         time.sleep(0.1)
@@ -322,7 +338,8 @@ def test_shipped_matrices_are_valid(path, tmp_path, urban_tree):
         if dataset.make:
             continue
         data[name] = tmp_path / name
-        categories = {str(c) for group in matrix.groups.values() if group.parameters["data_root"] == name for c in group.axes["categories"]}
+        categories = {str(c) for group in matrix.groups.values() if group.parameters["data_root"] == name
+                      for c in group.axes["categories"]}
         if name == "urbansound8k":
             pytest.importorskip("soundfile")
             write_urban_sounds(data[name])
@@ -332,7 +349,8 @@ def test_shipped_matrices_are_valid(path, tmp_path, urban_tree):
             for category in categories - {"all"}:
                 shutil.copytree(made / "cup", data[name] / category)
     runs = plan(path, data={name: str(folder) for name, folder in data.items()})
-    expected = sum(len(list(dict.fromkeys(map(str, values)))) > 0 for group in matrix.groups.values() for values in group.axes.values())
+    expected = sum(len(list(dict.fromkeys(map(str, values)))) > 0 for group in matrix.groups.values()
+                   for values in group.axes.values())
     assert expected and len({run.identity for run in runs}) == len(runs)
     assert all(state(tmp_path / "out", run) == "new" for run in runs)
 
@@ -352,5 +370,6 @@ def write_urban_sounds(root):
             path.parent.mkdir(parents=True, exist_ok=True)
             soundfile.write(path, np.sin(np.arange(1600) / 9), 16000)
     (root / "metadata").mkdir()
-    pd.DataFrame(rows, columns=["slice_file_name", "fsID", "start", "end", "salience", "fold", "classID", "class"]).to_csv(
+    pd.DataFrame(rows, columns=["slice_file_name", "fsID", "start", "end", "salience", "fold", "classID",
+                                "class"]).to_csv(
         root / "metadata/UrbanSound8K.csv", index=False)

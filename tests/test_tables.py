@@ -1,4 +1,4 @@
-"""Run folders to tables: what counts as a result, what is averaged, what stands beneath, and text that must stay text."""
+"""Run folders to tables: what counts as a result, what is averaged, what stands beneath, and text that stays text."""
 import json
 import subprocess
 import sys
@@ -9,20 +9,24 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from adiff import experiment, metrics, tables
 from adiff.core import InputError, read_json, write_json
 from adiff.data.demo_images import make_demo_data
 from adiff.data.demo_sounds import make_demo_sounds
+from adiff.lab import tables
+from adiff.runs import evaluate as evaluation
 from adiff.runs.each_category import run_each
 from adiff.runs.evaluate import evaluate
 from adiff.runs.fit import fit
+from adiff.scores.metrics import METRIC_NAMES, image_metrics
+from adiff.scores.pixel_counts import PixelCounts, counted_metrics
 
-MOMENT = {"image_size": 32, "wavelet_levels": 2, "length": 2, "batch_size": 2, "augmentations": []}
+MOMENT = {"data": {"image_size": 32}, "training": {"length": 2, "batch_size": 2, "augmentations": []}}
 
 
 def add_run(out, label, axes, done=True):
     "Lists a run in matrix.json and writes what `adiff reproduce` would beside it."
-    about = read_json(out / "matrix.json") if (out / "matrix.json").exists() else {"matrix": "tiny", "description": "", "command": "",
+    about = read_json(out / "matrix.json") if (out / "matrix.json").exists() else {"matrix": "tiny", "description": "",
+                                                                                   "command": "",
                                                                                    "runs": []}
     identity = f"{len(about['runs']):08x}" * 2
     run = {"label": label, "folder": f"runs/{label}-{identity[:8]}", "identity": identity, "axes": axes, "group": "all"}
@@ -39,7 +43,7 @@ def add_run(out, label, axes, done=True):
 def no_figures():
     "Drawing takes longer than everything that is tested here."
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment, "draw_figures", lambda *_: None)
+        patch.setattr(evaluation, "draw_figures", lambda *_: None)
         yield
 
 
@@ -53,7 +57,8 @@ def out(tmp_path_factory, one_thread, no_figures):
         folder = add_run(out, f"deco-seed{seed}", {"method": "deco", "part": "no_thing & 50%", "seed": str(seed)})
         fit("deco", images, folder, seed=seed, device="cpu", overrides=MOMENT)
         evaluate(folder, device="cpu")
-    run_each("knn", images, add_run(out, "knn", {"method": "knn", "categories": "all"}), device="cpu", overrides={"memory_size": 100})
+    run_each("knn", images, add_run(out, "knn", {"method": "knn", "categories": "all"}), device="cpu",
+             overrides={"discrepancy": {"memory_size": 100}})
     run_each("one-class-svm", sounds, add_run(out, "svm", {"method": "one-class-svm"}), device="cpu")
     add_run(out, "killed", {"method": "deco"}, done=False)
     return out
@@ -71,8 +76,8 @@ def test_what_evaluation_leaves_behind(out):
     scores = pd.read_csv(folder / "scores.csv")
     for category in ("brick", "cup"):
         with np.load(folder / f"pixels/{category}.npz") as file:
-            counts = metrics.PixelCounts(**file)
-        for name, value in metrics.counted_metrics(counts).items():
+            counts = PixelCounts(**file)
+        for name, value in counted_metrics(counts).items():
             assert value == pytest.approx(found["categories"][category][name], abs=1e-3)
         own = scores[scores.category == category]
         assert ((counts.regions > 0) == (own.label == 1)).all()
@@ -80,8 +85,10 @@ def test_what_evaluation_leaves_behind(out):
               np.load(out / f"runs/knn-00000002/{category}/examples/{category}.npz") as theirs):
             assert list(ours["path"]) == list(theirs["path"])
             assert (ours["picture"] == theirs["picture"]).all() and (ours["mask"] == theirs["mask"]).all()
-            assert "reconstruction" in ours and "reconstruction" not in theirs and ours["reconstruction"].shape == ours["picture"].shape
-            assert list(ours["label"]) == [0] + [1] * (len(ours["label"]) - 1) and len(set(ours["defect"])) == len(ours["defect"]) <= 6
+            assert "reconstruction" in ours and "reconstruction" not in theirs
+            assert ours["reconstruction"].shape == ours["picture"].shape
+            assert list(ours["label"]) == [0] + [1] * (len(ours["label"]) - 1)
+            assert len(set(ours["defect"])) == len(ours["defect"]) <= 6
             assert dict(zip(own.path, own.score.astype("f4")))[str(ours["path"][1])] == pytest.approx(ours["score"][1])
     (sound,) = (out / "runs/svm-00000003").rglob("examples/*.npz")
     with np.load(sound) as file:
@@ -101,9 +108,11 @@ def test_evaluating_again_replaces_what_an_earlier_evaluation_left(out):
 
 def test_tidy_data(out, tidy):
     leaves = tidy.drop_duplicates(["folder", "category"])
-    assert list(leaves.run) == ["deco-seed0"] * 2 + ["deco-seed1"] * 2 + ["knn"] * 2 + ["svm"] * len(leaves[leaves.run == "svm"])
+    sounds = len(leaves[leaves.run == "svm"])
+    assert list(leaves.run) == ["deco-seed0"] * 2 + ["deco-seed1"] * 2 + ["knn"] * 2 + ["svm"] * sounds
     assert list(tidy.variant.unique()) == ["deco, no_thing & 50%", "knn", "one-class-svm"]
-    assert set(tidy.setting[tidy.method == "deco"]) == {"multi-class"} and set(tidy.setting[tidy.method == "knn"]) == {"per-category"}
+    assert set(tidy.setting[tidy.method == "deco"]) == {"multi-class"}
+    assert set(tidy.setting[tidy.method == "knn"]) == {"per-category"}
     assert set(tidy.part.dropna()) == {"no_thing & 50%"} and "aupro" not in set(tidy.metric[tidy.kind == "sound"])
     assert (tidy.notebook.map(lambda path: path.endswith("/notebook.ipynb"))).all()
     found = read_json(out / "runs/deco-seed1-00000001/metrics.json")["categories"]["cup"]
@@ -113,7 +122,7 @@ def test_tidy_data(out, tidy):
 
 def test_any_folder_of_runs_is_collected(out, tidy):
     everywhere = tables.collect([out / "runs", out / "runs/knn-00000002/cup"])
-    assert set(everywhere.folder) == set(tidy.folder) and set(everywhere.variant) == set(tidy.variant)  # run.json says the axes
+    assert set(everywhere.folder) == set(tidy.folder) and set(everywhere.variant) == set(tidy.variant)
     bare = tables.collect(out / "runs/knn-00000002/cup")
     assert set(bare.category) == {"cup"} and bare.notebook.iloc[0].endswith("knn-00000002/notebook.ipynb")
     with pytest.raises(InputError, match="no evaluated run"):
@@ -121,12 +130,14 @@ def test_any_folder_of_runs_is_collected(out, tidy):
 
 
 def test_a_matrix_counts_only_what_it_lists_and_what_is_done(out, tmp_path):
-    write_json(tmp_path / "matrix.json", {**read_json(out / "matrix.json"), "runs": read_json(out / "matrix.json")["runs"][-1:]})
+    write_json(tmp_path / "matrix.json", {**read_json(out / "matrix.json"),
+                                          "runs": read_json(out / "matrix.json")["runs"][-1:]})
     with pytest.raises(InputError, match="none of its 1 runs has metrics"):
         tables.collect(tmp_path)
 
 
-def synthetic_run(folder, seed=0, method="deco", categories=("a", "b"), shift=1.0, overrides=None, dataset="mvtec_ad", kind="image",
+def synthetic_run(folder, seed=0, method="deco", categories=("a", "b"), shift=1.0, overrides=None, dataset="mvtec_ad",
+                  kind="image",
                   notes=(), **one):
     "A run folder with scores drawn at random, without a model."
     rng, rows, found = np.random.default_rng([seed, len(str(folder))]), [], {}
@@ -134,13 +145,14 @@ def synthetic_run(folder, seed=0, method="deco", categories=("a", "b"), shift=1.
         labels = np.repeat([0, 1], 20)
         scores = rng.normal(shift * labels)
         rows.append(pd.DataFrame({"path": "", "category": category, "label": labels, "defect": "", "score": scores}))
-        image = metrics.image_metrics(labels, scores)
-        found[category] = {**image, **dict.fromkeys(metrics.METRIC_NAMES[3:]), "n_train": 10, "n_test": 40, **one}
+        image = image_metrics(labels, scores)
+        found[category] = {**image, **dict.fromkeys(METRIC_NAMES[3:]), "n_train": 10, "n_test": 40, **one}
         del found[category]["notes"]
     write_json(folder / "config.json", {"dataset": {"categories": list(categories)}})
     write_json(folder / "metrics.json",
                {"method": method, "dataset": dataset, "kind": kind, "preset": "cpu", "seed": seed, "categories": found,
-                                         "train_seconds": 1.0, "seconds_per_image": 0.1, "parameters": 5, "peak_memory_mb": 1.0,
+                                         "train_seconds": 1.0, "seconds_per_image": 0.1, "parameters": 5,
+                "peak_memory_mb": 1.0,
                                          "notes": list(notes)})
     pd.concat(rows).to_csv(folder / "scores.csv", index=False)
     return folder
@@ -152,9 +164,10 @@ def test_means_and_intervals(tmp_path):
     tidy = tables.collect(tmp_path)
     row = tables.summarize(tidy, ["image_auroc"]).iloc[0]
     seeds = tidy[tidy.metric == "image_auroc"].groupby("seed").value.mean()
-    assert (row["mean"], row["std"], row.seeds, row.categories) == (pytest.approx(seeds.mean()), pytest.approx(seeds.std()), 3, 2)
+    assert (row["mean"], row["std"], row.seeds, row.categories) == (pytest.approx(seeds.mean()),
+                                                                    pytest.approx(seeds.std()), 3, 2)
     single = tidy[tidy.metric == "image_auroc"]
-    assert row.low < row["mean"] < row.high and row.high - row.low < (single.high - single.low).mean()  # a mean is surer than its parts
+    assert row.low < row["mean"] < row.high and row.high - row.low < (single.high - single.low).mean()
     harmonic = tables.summarize(tidy, ["image_auroc"], "harmonic mean").iloc[0]
     assert harmonic["mean"] < row["mean"]
     one = tables.summarize(tidy[(tidy.seed == 0) & (tidy.category == "a")], ["image_auroc"]).iloc[0]
@@ -163,9 +176,11 @@ def test_means_and_intervals(tmp_path):
 
 
 def test_without_pixel_counts_there_is_a_value_but_no_interval(tmp_path):
-    leaf = synthetic_run(tmp_path / "run", categories=("a",), pixel_auroc=0.9, pixel_ap=0.5, pixel_f1_max=0.5, aupro=0.7)
-    overview = tables.tables(tables.collect(leaf))[0].frame.iloc[0]
-    assert overview["AUPRO"] == "70.0" and overview["image AUROC"].endswith("]") and overview["network calls"] == "not available"
+    leaf = synthetic_run(tmp_path / "run", categories=("a",), pixel_auroc=0.9, pixel_ap=0.5, pixel_f1_max=0.5,
+                         aupro=0.7)
+    overview = tables.tables(tables.collect(leaf))[0].cells.iloc[0]
+    assert overview["AUPRO"] == "70.0" and overview["image AUROC"].endswith("]")
+    assert overview["network calls"] == "not available"
 
 
 def test_an_interval_is_that_of_resampled_files(tmp_path):
@@ -187,21 +202,23 @@ def test_runs_that_nothing_tells_apart_are_not_averaged(tmp_path):
 def test_overview_and_categories(out, tidy):
     made = {table.title: table for table in tables.tables(tidy, tables.read_published())}
     overview = made["demo & <b>, multi-class: all variants"]
-    assert list(overview.frame.columns[:2]) == ["image AUROC",
-                                                "image AP"] and "±" in overview.frame.iloc[0, 0] and "[" in overview.frame.iloc[0, 0]
-    assert overview.links.iloc[0, 0] == str(out / "runs/deco-seed0-00000000/notebook.ipynb") and set(overview.runs) == {"deco-seed0",
-                                                                                                                        "deco-seed1"}
-    assert any("protocol official" in note for note in overview.notes) and sum("held-out" in note for note in overview.notes) == 1
-    assert overview.processor.loc["deco, no_thing & 50%", "network calls"] == "1"
+    assert list(overview.cells.columns[:2]) == ["image AUROC", "image AP"] and "±" in overview.cells.iloc[0, 0]
+    assert "[" in overview.cells.iloc[0, 0]
+    assert overview.links.iloc[0, 0] == str(out / "runs/deco-seed0-00000000/notebook.ipynb")
+    assert set(overview.runs) == {"deco-seed0", "deco-seed1"}
+    assert any("protocol official" in note for note in overview.notes) and sum("held-out" in note
+                                                                               for note in overview.notes) == 1
+    assert overview.cells.loc["deco, no_thing & 50%", "network calls"] == "1"
     rows = made["demo & <b>, per-category: AUPRO by category"]
-    assert list(rows.frame.index) == ["brick", "cup", "mean"] and "±" not in rows.frame.iloc[0, 0]
+    assert list(rows.cells.index) == ["brick", "cup", "mean"] and "±" not in rows.cells.iloc[0, 0]
     (sounds,) = (table for title, table in made.items() if title == "pumps, per-category: all variants")
-    assert "clip pAUC" in sounds.processor and not any("pixel" in name or "image" in name for name in sounds.processor)
+    assert "clip pAUC" in sounds.cells and not any("pixel" in name or "image" in name for name in sounds.cells)
     assert not any("mean over 0 of" in note for table in made.values() for note in table.notes)
 
 
 def test_notes_say_of_what_they_hold(tmp_path):
-    synthetic_run(tmp_path / "a", notes=["protocol x", "a: odd", "b: odd", "aupro: mean over 0 of 2 categories, undefined in a, b"])
+    synthetic_run(tmp_path / "a", notes=["protocol x", "a: odd", "b: odd",
+                                         "aupro: mean over 0 of 2 categories, undefined in a, b"])
     synthetic_run(tmp_path / "b", method="adiff", notes=["protocol x", "the codec sees 32 pixels"])
     overview = tables.tables(tables.collect(tmp_path))[0]
     assert overview.notes[-3:] == ["protocol x", "a, b: odd (deco)", "the codec sees 32 pixels (adiff)"]
@@ -209,7 +226,7 @@ def test_notes_say_of_what_they_hold(tmp_path):
 
 def test_harmonic_means_of_sounds(tmp_path):
     synthetic_run(tmp_path / "run", kind="sound", dataset="machines")
-    overview = tables.tables(tables.collect(tmp_path))[0].processor
+    overview = tables.tables(tables.collect(tmp_path))[0].cells
     assert list(overview)[:6] == ["clip AUROC", "clip AP", "clip F1-max", "clip pAUC", "clip AUROC, harmonic mean",
                                   "clip pAUC, harmonic mean"]
 
@@ -222,14 +239,17 @@ def published(rows):
 def test_ours_against_published(tmp_path):
     synthetic_run(tmp_path / "run", dataset="MVTec-AD", categories=("bottle", "cable"))
     tidy = tables.collect(tmp_path)
-    theirs = published([("Rival", "bottle", 70.0), ("Rival", "cable", 60.0), ("Rival", "mean", 99.0), ("DeCo-Diff (x)", "mean", 98.0),
+    theirs = published([("Rival", "bottle", 70.0), ("Rival", "cable", 60.0), ("Rival", "mean", 99.0),
+                        ("DeCo-Diff (x)", "mean", 98.0),
                         ("ADiff", "mean", np.nan), ("DeCo-Difference", "mean", 50.0)])
     mean, by_category = tables.tables(tidy, theirs)[-2:]
-    assert list(mean.frame.index) == ["deco (ours)", "DeCo-Diff (x)", "Rival", "ADiff", "DeCo-Difference"]
+    assert list(mean.cells.index) == ["deco (ours)", "DeCo-Diff (x)", "Rival", "ADiff", "DeCo-Difference"]
     ours = 100 * tidy[tidy.metric == "image_auroc"].value.mean()
-    shown = mean.frame[["image AUROC", "image AUROC gap"]].to_numpy().tolist()
-    assert shown[1:4] == [["98.0 (all)", "not available"], ["65.0", f"{ours - 65:+.1f}"], ["not available", "not available"]]
-    assert by_category.processor.loc["mean", "Rival"] == "65.0" and by_category.processor.loc["bottle", "DeCo-Diff (x)"] == "not available"
+    shown = mean.cells[["image AUROC", "image AUROC gap"]].to_numpy().tolist()
+    assert shown[1:4] == [["98.0 (all)", "not available"], ["65.0", f"{ours - 65:+.1f}"],
+                          ["not available", "not available"]]
+    assert by_category.cells.loc["mean", "Rival"] == "65.0"
+    assert by_category.cells.loc["bottle", "DeCo-Diff (x)"] == "not available"
     assert any("Rival, V: S" == note for note in by_category.notes)
 
 
@@ -239,11 +259,12 @@ def test_printed_means_count_for_a_whole_dataset(tmp_path):
     synthetic_run(tmp_path / "run", dataset="visa", categories=names)
     tidy = tables.collect(tmp_path)
     made = tables.tables(tidy, theirs)
-    (mean,) = (table.processor for table in made if table.title.endswith("against published numbers"))
+    (mean,) = (table.cells for table in made if table.title.endswith("against published numbers"))
     printed = theirs.query("dataset == 'visa' and method == 'DeCo-Diff (HEAD)' and category == 'mean' and metric "
                            "== 'image_auroc'").value.iloc[0]
     ours = 100 * tidy[tidy.metric == "image_auroc"].value.mean()
-    assert mean.loc["DeCo-Diff (HEAD)", ["image AUROC", "image AUROC gap"]].tolist() == [f"{printed:.1f}", f"{ours - printed:+.1f}"]
+    assert mean.loc["DeCo-Diff (HEAD)", ["image AUROC", "image AUROC gap"]].tolist() == [f"{printed:.1f}",
+                                                                                         f"{ours - printed:+.1f}"]
 
 
 def test_published_numbers_are_found_or_asked_for(tmp_path):
@@ -277,7 +298,8 @@ def test_written_tables(out, tidy):
     for path in paths:
         if path.suffix == ".html":
             page = Links(path.read_text())
-            assert page.found and "b" not in page.tags and all((folder / unquote(link)).is_file() for link in page.found)
+            assert page.found and "b" not in page.tags and all((folder / unquote(link)).is_file()
+                                                               for link in page.found)
         if path.suffix in (".md", ".tex"):
             assert str(out) not in path.read_text()
     tex = next(path for path in paths if path.suffix == ".tex").read_text()
@@ -296,11 +318,13 @@ def test_written_tables(out, tidy):
 def test_markdown_stays_a_table(tidy):
     text = tables.tables(tidy)[0].markdown()
     lines = [line for line in text.splitlines() if line.startswith("| ")]
-    assert len({line.replace(r"\|", "").count("|") for line in lines}) == 1 and "<b>" not in text and r"no\_thing" in text
+    assert len({line.replace(r"\|", "").count("|")
+                for line in lines}) == 1 and "<b>" not in text and r"no\_thing" in text
 
 
 def test_tables_are_quick_to_import():
     code = ("import sys, adiff.lab.tables, adiff.scores.metrics; "
             "print(json.dumps([name for name in ('torch', 'matplotlib', 'diffusers') if name in sys.modules]))")
-    printed = subprocess.run([sys.executable, "-c", f"import json\n{code}"], capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run([sys.executable, "-c", f"import json\n{code}"], capture_output=True, text=True,
+                             check=True).stdout
     assert json.loads(printed) == []

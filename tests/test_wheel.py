@@ -22,7 +22,8 @@ def wheel(repository, tmp_path_factory):
         if (repository / name).is_file():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             (copy / name).write_bytes((repository / name).read_bytes())
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", folder, copy],
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", folder,
+                    copy],
                    check=True)
     return next(folder.glob("*.whl"))
 
@@ -33,11 +34,13 @@ def installed(wheel, tmp_path_factory):
     environment = tmp_path_factory.mktemp("environment")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
     packages = next(environment.glob("lib/python3*/site-packages"))
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", packages, wheel],
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", packages,
+                    wheel],
                    check=True)
     # As a line of a .pth file is a folder alone: the finder of an editable install is not started from there.
     (packages / "packages_of_the_tests.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    (environment / "bin/adiff").write_text(f"#!{environment}/bin/python\nfrom adiff.runs.command_line import main\nmain()\n")
+    script = f"#!{environment}/bin/python\nfrom adiff.runs.command_line import main\nmain()\n"
+    (environment / "bin/adiff").write_text(script)
     (environment / "bin/adiff").chmod(0o755)
     return environment / "bin"
 
@@ -83,7 +86,8 @@ def test_the_commands_work_in_an_empty_folder(adiff, installed, tmp_path):
 
 def test_the_core_asks_for_the_lab_in_one_line(installed, tmp_path):
     "Where the packages of the lab are not installed, everything else works, and the lab says what to do."
-    missing = ["papermill", "ipykernel", "ruamel", "submitit", "nbconvert", "tensorboard", "jupyter_client", "pyarrow", "bs4", "sphinx",
+    missing = ["papermill", "ipykernel", "ruamel", "submitit", "nbconvert", "tensorboard", "jupyter_client", "pyarrow",
+               "bs4", "sphinx",
                "myst_nb", "furo"]
     (tmp_path / "core.py").write_text(f"""
 import sys
@@ -94,8 +98,8 @@ class Absent(MetaPathFinder):
 sys.meta_path.insert(0, Absent())
 import importlib.util
 find = importlib.util.find_spec
-importlib.util.find_spec = lambda name, package=None: None if name.partition(".")[0] in {missing} else find(name, package)
-if len(sys.argv) == 1:
+importlib.util.find_spec = lambda name, package=None: None if name.partition(".")[0] in {missing} else find(name,
+package) if len(sys.argv) == 1:
     import pkgutil, adiff
     for module in pkgutil.walk_packages(adiff.__path__, "adiff."):
         if ".lab" not in module.name: importlib.import_module(module.name)
@@ -105,7 +109,8 @@ else:
 """)
 
     def core(*arguments):
-        return subprocess.run([installed / "python", tmp_path / "core.py", *arguments], cwd=tmp_path, capture_output=True, text=True)
+        return subprocess.run([installed / "python", tmp_path / "core.py", *arguments], cwd=tmp_path,
+                              capture_output=True, text=True)
 
     everything = core()
     assert everything.returncode == 0, everything.stderr

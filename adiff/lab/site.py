@@ -11,7 +11,7 @@ import io
 import json
 import os
 import re
-from importlib.util import find_spec
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
@@ -72,7 +72,7 @@ def turn_links(html, home, page, pages=None):
             tag.decompose()
     for tag in soup.find_all(src=True):
         if _remote(tag["src"]):
-            tag.replace_with(soup.new_tag("a", href=tag["src"], string=tag.get("alt") or tag["src"]))
+            tag.replace_with(soup.new_tag("a", href=str(tag["src"]), string=str(tag.get("alt") or tag["src"])))
         elif target := _local(tag["src"], home):
             tag["src"] = relative_link(target, page)
     for tag in soup.find_all("a", href=True):
@@ -128,7 +128,7 @@ def _shown_output(output, home, page):
     "One output; standard error is folded, and of what a bar has overwritten only the last state stays."
     if output["output_type"] == "stream" and output["name"] == "stderr":
         lines = [line.rsplit("\r", 1)[-1] for line in "".join(output["text"]).rstrip().split("\n")]
-        data = {"text/html": _folded.format("\n".join(lines))}
+        data = {"text/html": str(_folded.format("\n".join(lines)))}
     elif "data" in output:
         kind = next((kind for kind in _shown_types if kind in output["data"]), "text/plain")
         value = "".join(output["data"].get(kind, ""))
@@ -171,7 +171,7 @@ _policy = """<meta http-equiv="Content-Security-Policy" content="default-src 'se
 def sphinx_settings():
     "Sphinx's settings for a site of notebooks: executed before, opened from disk, nothing from the network."
     need("sphinx", "myst_nb", "furo", "bs4", "sphinx-mathjax-offline")
-    mathjax = Path(find_spec("sphinx-mathjax-offline").origin).parent / "static/mathjax/tex-svg-full.js"
+    mathjax = Path(str(files("sphinx-mathjax-offline") / "static/mathjax/tex-svg-full.js"))
     return {
         "extensions": ["myst_nb", "sphinx.ext.mathjax"], "language": "en",
         "nb_execution_mode": "off", "nb_render_markdown_format": "myst",  # the tables in outputs
@@ -333,9 +333,9 @@ def _index(folder, index, runs, pages, documents):
              _raw("index", command=matrix["command"], duration=duration(sum(run["seconds"] or 0 for run in runs)),
                   **listed)]
     targets = {run / name: page for run, page in pages.items() for name in ("", "notebook.ipynb")}
-    tables = [Markup(turn_links(re.search("<body>(.*)</body>|$", text, re.DOTALL)[1] or text, folder / "tables", index,
-                                targets))
-              for text in (path.read_text(encoding="utf-8") for path in sorted((folder / "tables").glob("*.html")))]
+    texts = [path.read_text(encoding="utf-8") for path in sorted((folder / "tables").glob("*.html"))]
+    bodies = [re.sub(".*<body>|</body>.*", "", text, flags=re.DOTALL) for text in texts]
+    tables = [Markup(turn_links(body, folder / "tables", index, targets)) for body in bodies]
     if tables:
         data = [folder / "tables" / name for name in ("results.csv", "results.parquet")]
         links = [(path.name, relative_link(path, index)) for path in data if path.exists()]

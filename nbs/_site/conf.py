@@ -173,7 +173,7 @@ def overview(module):
     "A table of the public names of `module`, then its values, which automodule passes over. adiff itself lists what it takes from its modules."
     package = sys.modules[module]
     own = [name for name in package.__all__ if home_of(module, name)]
-    names = own or [f"~adiff.{home}" for home in getattr(package, "_homes", {}).values()]
+    names = own or [f"~{home}" for home in getattr(package, "_homes", {}).values()]
     values = [name for name in own if not isinstance(unwrap(getattr(package, name)), (type, FunctionType))]
     table = ["", ".. autosummary::", "   :nosignatures:", "", *(f"   {name}" for name in names), ""] if names else []
     return [*table, *(line for name in values for line in (f".. autodata:: {module}.{name}", ""))]
