@@ -1,4 +1,5 @@
-"""A detector outside of adiff: as one graph in ONNX and in torch's format, in thirty lines without torch, and on the hub and back."""
+"""A detector outside of adiff: as one graph in ONNX and in torch's format, in thirty lines without torch, and on the
+hub and back."""
 import base64
 import hashlib
 import json
@@ -27,7 +28,7 @@ from adiff.codecs.wavelets import WaveletCodec
 from adiff.diffusion.deviation_correction import DeviationCorrection
 from adiff.diffusion.masked import MaskedForwardProcess
 from adiff.scores.deviation import DeviationDiscrepancy
-from adiff.lab.export import EXPORT_FORMATS, ExportFormat, check_frames, export_detector
+from adiff.lab.export import EXPORT_FORMATS, ExportFormat, check_inputs, export_detector
 from adiff.codecs.features import FeatureCodec
 from adiff.diffusion.gaussian import GaussianForwardProcess
 from adiff.diffusion.partial_noising import PartialNoisingCorrection
@@ -40,20 +41,25 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def deco(codec, levels, categories=("normal",), steps=1, **options):
     network = ClassTokenUNet(codec.latent_channels, len(categories), 32, 2, 16, channel_multipliers=(1,))
-    return AnomalyDetector(codec, MaskedForwardProcess(), network, DeviationCorrection(10, steps, 4 if steps == 1 else None),
+    return AnomalyDetector(codec, MaskedForwardProcess(), network,
+                           DeviationCorrection(10, steps, 4 if steps == 1 else None),
                            DeviationDiscrepancy.pretrained(levels=levels), categories, image_size=64, **options)
 
 
 def adiff(codec, discrepancy, size, widths=(1, 2), seeds=1, steps=1, **options):
-    network = MultiScaleUNet(codec.latent_channels, 8, widths, attention_levels=(len(widths) - 1,), layers_per_block=1, head_channels=8)
-    correction = PartialNoisingCorrection(prediction_type="v_prediction", strength=0.3, num_inference_steps=steps, num_seeds=seeds,
+    network = MultiScaleUNet(codec.latent_channels, 8, widths, attention_levels=(len(widths) - 1,), layers_per_block=1,
+                             head_channels=8)
+    correction = PartialNoisingCorrection(prediction_type="v_prediction", strength=0.3, num_inference_steps=steps,
+                                          num_seeds=seeds,
                                           noise="simplex", seed=5)
-    return AnomalyDetector(codec, GaussianForwardProcess(prediction_type="v_prediction"), network, correction, discrepancy,
+    return AnomalyDetector(codec, GaussianForwardProcess(prediction_type="v_prediction"), network, correction,
+                           discrepancy,
                            image_size=size, **options)
 
 
 def autoencoder():
-    return AnomalyDetector(PixelCodec(0), IdentityForwardProcess(), ConvolutionalAutoencoder(3, 32, 8, 4), SinglePassCorrection(),
+    return AnomalyDetector(PixelCodec(0), IdentityForwardProcess(), ConvolutionalAutoencoder(3, 32, 8, 4),
+                           SinglePassCorrection(),
                            ReconstructionErrorDiscrepancy(), ("brick", "coffee"), image_size=32, protocol="full_frame")
 
 
@@ -63,7 +69,8 @@ DETECTORS = {  # name -> a function that builds a small detector
     "adiff": lambda: adiff(WaveletCodec(), SemanticDiscrepancy.pretrained(input_size=64), 64, top_share=0.01),
     "adiff, sounds": lambda: adiff(WaveletCodec(image_channels=1), SemanticDiscrepancy("unet"), 64, (1,),
                                    protocol=LogMel(size=64, seconds=2.0)),
-    "ddpm": lambda: adiff(PixelCodec(0), SemanticDiscrepancy(semantic_weight=0.0, scales=(1,)), 32, (1,), 2, 2, protocol="full_frame"),
+    "ddpm": lambda: adiff(PixelCodec(0), SemanticDiscrepancy(semantic_weight=0.0, scales=(1,)), 32, (1,), 2, 2,
+                          protocol="full_frame"),
     "autoencoder": autoencoder,
 }
 
@@ -85,7 +92,8 @@ def close(found, wanted):
 
 @pytest.fixture(scope="module")
 def export(tmp_path_factory):
-    "A function: the detector of that name, and the folder where it is as `model` and as `line/detector.onnx`; each is written once."
+    """A function: the detector of that name, and the folder where it is as `model` and as `line/detector.onnx`; each
+    is written once."""
     done = {}
 
     def write(name):
@@ -118,11 +126,12 @@ def test_the_graph_answers_as_the_pipeline(name, export, monkeypatch, request):
     assert json.loads(text).items() <= facts.items()
     assert ("class_labels" in facts["inputs"]) == (name == "deco")  # the only one that has several categories and looks at them
 
-    frames, known = check_frames(detector), detector.config.categories
-    given = {"frames": torch.cat([frames, 0.5 * frames[:2]]).numpy(), "class_labels": np.arange(len(frames) + 2) % len(known)}
-    wanted = detector(torch.from_numpy(given["frames"]), category=[known[label] for label in given["class_labels"]])
+    inputs, known = check_inputs(detector), detector.config.categories
+    given = {"inputs": torch.cat([inputs, 0.5 * inputs[:2]]).numpy(),
+             "class_labels": np.arange(len(inputs) + 2) % len(known)}
+    wanted = detector(torch.from_numpy(given["inputs"]), category=[known[label] for label in given["class_labels"]])
     assert wanted.maps.std() > 0
-    for count in (1, 2, len(frames) + 2):
+    for count in (1, 2, len(inputs) + 2):
         maps, scores = run({one: given[one][:count] for one in facts["inputs"]})
         assert close(maps, wanted.maps[:count]) and close(scores, wanted.scores[:count])
 
@@ -132,8 +141,9 @@ def test_torch_format(tmp_path):
     facts = export_detector(detector, tmp_path / "detector.pt2", "torch")
     run, text = EXPORT_FORMATS["torch"].read(tmp_path / "detector.pt2")
     wanted = detector(skimage.data.coffee(), category="coffee")
-    maps, scores = run({"frames": detector.preprocess(skimage.data.coffee())[0].numpy()})
-    assert close(maps, wanted.maps) and close(scores, wanted.scores) and json.loads(text)["processor"] == facts["processor"]
+    maps, scores = run({"inputs": detector.preprocess(skimage.data.coffee())[0].numpy()})
+    assert close(maps, wanted.maps) and close(scores,
+                                              wanted.scores) and json.loads(text)["processor"] == facts["processor"]
 
 
 EXAMPLE = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__'); print('torch' in sys.modules)"
@@ -146,7 +156,8 @@ def test_thirty_lines_without_torch(exported, repository, tmp_path, category):
     exif = Image.Exif()
     exif[0x0112] = 6  # lies on its side
     Image.fromarray(skimage.data.coffee()).save(picture, exif=exif)
-    result = subprocess.run([sys.executable, "-c", EXAMPLE, script, exported / "line/detector.onnx", picture, tmp_path / "found.png",
+    result = subprocess.run([sys.executable, "-c", EXAMPLE, script, exported / "line/detector.onnx", picture,
+                             tmp_path / "found.png",
                              category],
                             capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -159,7 +170,8 @@ def test_thirty_lines_without_torch(exported, repository, tmp_path, category):
 
 def test_facts_are_all_that_a_line_must_know(exported):
     facts = json.loads((exported / "line/detector.json").read_text())
-    assert facts["categories"] == ["brick", "coffee"] and facts["calibration"]["coffee"]["threshold"] > 0 and facts["map_limit"] == 1
+    assert facts["categories"] == ["brick",
+                                   "coffee"] and facts["calibration"]["coffee"]["threshold"] > 0 and facts["map_limit"] == 1
     assert (facts["processor"]["resize"], facts["processor"]["crop"], facts["processor"]["size"]) == (288, 256, 256)
     assert max(facts["check"].values()) <= 1e-4 and facts["versions"]["adiff"]
     file = (exported / "line/detector.onnx").read_bytes()
@@ -172,13 +184,13 @@ def test_large_weights_lie_beside_the_graph(tmp_path, monkeypatch):
     facts = export_detector(make("autoencoder"), tmp_path / "large.onnx")
     assert {path.name for path in tmp_path.iterdir()} == {"large.onnx", "large.onnx.data", "large.json"}
     run, _ = EXPORT_FORMATS["onnx"].read(tmp_path / "large.onnx")
-    assert run({"frames": np.zeros((1, *facts["inputs"]["frames"][1:]), np.float32)})[0].shape == (1, 256, 256)
+    assert run({"inputs": np.zeros((1, *facts["inputs"]["inputs"][1:]), np.float32)})[0].shape == (1, 256, 256)
 
 
 def test_a_graph_that_answers_otherwise_is_not_written(tmp_path, monkeypatch):
     def read(path):
         run, text = EXPORT_FORMATS["torch"].read(path)
-        return lambda inputs: [run(inputs)[0] + (1 if len(inputs["frames"]) == 1 else 0), run(inputs)[1]], text
+        return lambda given: [run(given)[0] + (1 if len(given["inputs"]) == 1 else 0), run(given)[1]], text
 
     monkeypatch.setitem(EXPORT_FORMATS, "altered", ExportFormat(".pt2", EXPORT_FORMATS["torch"].write, read))
     (tmp_path / "detector.pt2").write_text("the one before")
@@ -195,7 +207,8 @@ def test_what_cannot_be_a_graph_is_refused(tmp_path):
                           protocol=LogMel(size=64, seconds=2.0))
     svm.discrepancy.fit([torch.randn(9, 1, 64, 64)])
     for detector in (knn, svm):
-        with pytest.raises(InputError, match=f"{type(detector.discrepancy).__name__} cannot be written as a graph") as refusal:
+        with pytest.raises(InputError,
+                           match=f"{type(detector.discrepancy).__name__} cannot be written as a graph") as refusal:
             export_detector(detector, tmp_path / "detector.onnx")
         assert "\n" not in str(refusal.value) and not list(tmp_path.iterdir())
 
@@ -207,7 +220,8 @@ def test_without_the_packages(tmp_path, monkeypatch):
 
 
 class StandIn(BaseHTTPRequestHandler):
-    "The part of the hub that huggingface_hub speaks to when it creates, writes and reads a repository of a model; all files are small."
+    """The part of the hub that huggingface_hub speaks to when it creates, writes and reads a repository of a model;
+    all files are small."""
 
     protocol_version = "HTTP/1.1"
     repositories = {}  # name -> path -> bytes
@@ -228,7 +242,8 @@ class StandIn(BaseHTTPRequestHandler):
         "The files of a repository and its commit; answers that there is none otherwise."
         files = self.repositories.get(name)
         if files is None:
-            self.answer({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
+            self.answer({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound",
+                        X_Error_Message="Repository not found")
         return files, hashlib.sha1(repr(sorted((files or {}).items())).encode()).hexdigest()
 
     def do_POST(self):
@@ -253,7 +268,8 @@ class StandIn(BaseHTTPRequestHandler):
                 if line["key"] == "file":
                     self.repositories[name][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
             commit = self.find(name)[1]
-            self.answer({"success": True, "commitOid": commit, "commitUrl": f"http://{self.headers['Host']}/{name}/commit/{commit}"})
+            self.answer({"success": True, "commitOid": commit,
+                         "commitUrl": f"http://{self.headers['Host']}/{name}/commit/{commit}"})
 
     def do_GET(self):
         address = self.path.partition("?")[0].strip("/").split("/")
@@ -262,14 +278,17 @@ class StandIn(BaseHTTPRequestHandler):
         if files is None:
             return
         if address[0] == "api" and "tree" in address:
-            self.answer([{"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()} for path,
+            self.answer([{"type": "file", "path": path, "size": len(content),
+                          "oid": hashlib.sha1(content).hexdigest()} for path,
                          content in files.items()])
         elif address[0] == "api":
-            self.answer({"id": name, "modelId": name, "sha": commit, "siblings": [{"rfilename": path} for path in files], "tags": []})
+            self.answer({"id": name, "modelId": name, "sha": commit,
+                         "siblings": [{"rfilename": path} for path in files], "tags": []})
         elif (path := "/".join(address[4:])) in files:
             self.answer(body=files[path], ETag=f'"{hashlib.sha1(files[path]).hexdigest()}"', X_Repo_Commit=commit)
         else:
-            self.answer({"error": "Entry not found"}, 404, X_Error_Code="EntryNotFound", X_Error_Message="Entry not found",
+            self.answer({"error": "Entry not found"}, 404, X_Error_Code="EntryNotFound",
+                        X_Error_Message="Entry not found",
                         X_Repo_Commit=commit)
 
     do_HEAD = do_GET
@@ -296,16 +315,20 @@ for act in (lambda: before.push_to_hub("no/such/name"), lambda: before.push_to_h
 
 def test_to_the_hub_and_back(exported, tmp_path):
     for name, content in (("config.json",
-                           {"method": "deco", "preset": "cpu", "seed": 0, "dataset": {"name": "photographs", "fingerprint": "0123"}}),
+                           {"method": "deco", "preset": "cpu", "seed": 0,
+                            "dataset": {"name": "photographs", "fingerprint": "0123"}}),
                           ("metrics.json", {"categories": {"brick": {"image_auroc": 0.875, "aupro": None, "n_test": 4}},
-                                            "mean": {"image_auroc": 0.875, "aupro": None, "n_test": 4}, "notes": ["a note"]})):
+                                            "mean": {"image_auroc": 0.875, "aupro": None, "n_test": 4},
+                                            "notes": ["a note"]})):
         (exported / name).write_text(json.dumps(content))
     server = ThreadingHTTPServer(("127.0.0.1", 0), StandIn)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-        environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "cache"), "HF_TOKEN": "ours"}
-        result = subprocess.run([sys.executable, "-c", PUSH_AND_PULL, exported / "model"], env=environment, capture_output=True, text=True)
+        environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "cache"),
+                        "HF_TOKEN": "ours"}
+        result = subprocess.run([sys.executable, "-c", PUSH_AND_PULL, exported / "model"], env=environment,
+                                capture_output=True, text=True)
     finally:
         server.shutdown()
         server.server_close()
@@ -317,7 +340,8 @@ def test_to_the_hub_and_back(exported, tmp_path):
     files = StandIn.repositories["somebody/brick-and-coffee"]
     assert {"model_index.json", "README.md", "network/diffusion_pytorch_model.safetensors"} <= set(files)
     card = files["README.md"].decode()  # of the first time: one that is there already stays
-    for words in ("library_name: adiff", "method deco", "data photographs", "brick, coffee", "| image_auroc |\n|---|---|\n| brick | 87.5 |",
+    for words in ("library_name: adiff", "method deco", "data photographs", "brick, coffee",
+                  "| image_auroc |\n|---|---|\n| brick | 87.5 |",
                   "- a note",
                   "licence of the training data is not known", "protocol official"):
         assert words in card, card

@@ -11,11 +11,11 @@ session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"]
 facts = json.loads(session.get_modelmeta().custom_metadata_map["adiff"])
 category = (category or facts["categories"])[0]
 
-side, size = facts["frame"]["resize"], facts["frame"]["size"]  # squeezed to a square, then its centre
+side, size = facts["processor"]["resize"], facts["processor"]["size"]  # squeezed to a square, then its centre
 margin = (side - size) // 2
 image = ImageOps.exif_transpose(Image.open(picture)).convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
 image = image.crop((margin, margin, margin + size, margin + size))
-inputs = {"frames": np.asarray(image, np.float32).transpose(2, 0, 1)[None] / 127.5 - 1,
+inputs = {"inputs": np.asarray(image, np.float32).transpose(2, 0, 1)[None] / 127.5 - 1,
           "class_labels": np.array([facts["categories"].index(category)])}
 maps, scores = session.run(["maps", "scores"], {name: inputs[name] for name in facts["inputs"]})
 
