@@ -87,19 +87,19 @@ def test_the_commands_work_in_an_empty_folder(adiff, installed, tmp_path):
 def test_the_core_asks_for_the_lab_in_one_line(installed, tmp_path):
     "Where the packages of the lab are not installed, everything else works, and the lab says what to do."
     missing = ["papermill", "ipykernel", "ruamel", "submitit", "nbconvert", "tensorboard", "jupyter_client", "pyarrow",
-               "bs4", "sphinx",
-               "myst_nb", "furo"]
+               "bs4", "sphinx", "myst_nb", "furo"]
     (tmp_path / "core.py").write_text(f"""
 import sys
 from importlib.abc import MetaPathFinder
+absent = lambda name: name.partition(".")[0] in {missing}
 class Absent(MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {missing}: raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+        if absent(name): raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Absent())
 import importlib.util
 find = importlib.util.find_spec
-importlib.util.find_spec = lambda name, package=None: None if name.partition(".")[0] in {missing} else find(name,
-package) if len(sys.argv) == 1:
+importlib.util.find_spec = lambda name, package=None: None if absent(name) else find(name, package)
+if len(sys.argv) == 1:
     import pkgutil, adiff
     for module in pkgutil.walk_packages(adiff.__path__, "adiff."):
         if ".lab" not in module.name: importlib.import_module(module.name)
