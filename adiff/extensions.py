@@ -39,7 +39,8 @@ def extension_versions() -> dict[str, str]:
 
 # %% ../nbs/01_extensions.ipynb #ab62f0c7
 def _load(kind: str, point: EntryPoint, expected: Any = object) -> Any:
-    "The object that an entry point names. Raises `InputError`, with the package's name, if it cannot be imported or is not `expected`."
+    """The object that an entry point names. Raises `InputError`, with the package's name, if it cannot be imported
+    or is not `expected`."""
     who = f"{kind} {point.name!r} of the installed package {_package(point).name}"
     try:
         found = point.load()
@@ -55,10 +56,10 @@ def _load(kind: str, point: EntryPoint, expected: Any = object) -> Any:
 class Extensible(MutableMapping):
     """Name -> object, for a `kind` of part in `KINDS`: the `shipped` ones (a dict) and those of installed packages.
 
-    Packages are searched at the first use of the mapping, and a package is imported when its name is asked for. A shipped name keeps
-    its object, with a warning in the log. What is set here (`names["mine"] = part`) counts for this process. Raises `InputError`, one
-    line that names the package, for a part that cannot be imported or is not of the type `expected`, and for a name that two packages
-    offer.
+    Packages are searched at the first use of the mapping, and a package is imported when its name is asked for. A
+    shipped name keeps its object, with a warning in the log. What is set here (`names["mine"] = part`) counts for this
+    process. Raises `InputError`, one line that names the package, for a part that cannot be imported or is not of the
+    type `expected`, and for a name that two packages offer.
     """
 
     def __init__(self, kind: str, shipped: dict[str, Any], expected: Any = Callable) -> None:
@@ -70,8 +71,8 @@ class Extensible(MutableMapping):
         parts = dict(self.shipped)
         for point in offered(self.kind):
             if point.name in self.shipped:
-                logging.getLogger("adiff").warning("%s %r of the installed package %s is not used: adiff ships one of that name",
-                                                   self.kind, point.name, _package(point).name)
+                message = "%s %r of the installed package %s is not used: adiff ships one of that name"
+                logging.getLogger("adiff").warning(message, self.kind, point.name, _package(point).name)
             else:
                 parts.setdefault(point.name, []).append(point)
         return parts
@@ -107,7 +108,8 @@ def import_extension(module: str) -> None:
 
 # %% ../nbs/01_extensions.ipynb #6e14d9f2
 def extension_code(names: Iterable[str]) -> dict[str, str]:
-    """{name: 16 hex digits over the python files of the package that offers it} for those of `names` that installed packages offer.
+    """{name: 16 hex digits over the python files of the package that offers it} for those of `names` that installed
+    packages offer.
 
     Nothing is imported.
     """

@@ -1,4 +1,5 @@
-"""The corpus of bad and odd inputs: how each is made, how it is used, and what must come of it. As a table: nbs/bad_inputs.md.
+"""The corpus of bad and odd inputs: how each is made, how it is used, and what must come of it. As a table:
+nbs/bad_inputs.md.
 
 `python tests/bad_inputs.py` writes that page anew.
 """
@@ -27,17 +28,24 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from adiff import AnomalyDetector, codecs, data, detection, experiment, matrix, official, tables
-from adiff.data.sounds import LogMel
+from adiff import AnomalyDetector, detect, evaluate, fit, load_codec
 from adiff.core import write_json
+from adiff.data.images import FULL_FRAME, read_image
+from adiff.data.sounds import LogMel
+from adiff.lab import matrix, tables
+from adiff.methods.configuration import parse_assignments, parse_overrides
+from adiff.methods.official import convert_official_checkpoint
+from adiff.runs.fit import describe_run
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY / "data_scripts"))
 
 import common  # noqa: E402  the data scripts are not part of the package
 
-TINY = {"image_size": 32, "wavelet_levels": 2, "length": 1, "batch_size": 4, "augmentations": []}
-TINY_SOUNDS = {"codec": "pixels", "wavelet_levels": 3, "length": 1, "batch_size": 4, "augmentations": [], "mel_bands": 32, "image_size": 32}
+TINY = {"codec": {"levels": 2}, "data": {"image_size": 32},
+        "training": {"length": 1, "batch_size": 4, "augmentations": []}}
+TINY_SOUNDS = {"codec": {"kind": "pixels", "levels": 3}, "data": {"mel_bands": 32, "image_size": 32},
+               "training": {"length": 1, "batch_size": 4, "augmentations": []}}
 
 
 @dataclass(frozen=True)
@@ -51,8 +59,8 @@ class Kit:
 
 @dataclass(frozen=True)
 class Use:
-    """One way in which an input is used, three times over: the arguments of `adiff` (or of the data script, where `script`), what is called
-    in python, and (notebook, parameters), or None where no notebook takes such a thing."""
+    """One way in which an input is used, three times over: the arguments of `adiff` (or of the data script, where
+    `script`), what is called in python, and (notebook, parameters), or None where no notebook takes such a thing."""
     command: list | None
     call: Callable
     notebook: tuple | None = None
@@ -61,8 +69,8 @@ class Use:
 
 @dataclass(frozen=True)
 class Entry:
-    """`use` makes the input in an empty folder. `words`: what the line of a refusal holds. `check`: what must be true of the result of a
-    call."""
+    """`use` makes the input in an empty folder. `words`: what the line of a refusal holds. `check`: what must be true
+    of the result of a call."""
     name: str
     use: Callable[[Kit, Path], Use]
     why: str
@@ -84,19 +92,42 @@ def handled(name, use, why, check=bool):
 
 # ---- how things are used
 
-def overrides_of(**changes):
-    return json.dumps({**TINY, **changes})
+def overrides_of(**sections):
+    "The overrides of a short training as JSON, with other `sections`."
+    return json.dumps({**TINY, **sections})
+
+
+def typed(overrides):
+    "Nested `overrides`, a dict, as options of a command: -o SECTION.SETTING=VALUE."
+    settings = {}
+    for section, values in overrides.items():
+        one = {f"{section}.{name}": value for name, value in values.items()} if isinstance(values,
+                                                                                           dict) else {section: values}
+        settings.update(one)
+    return [word for path, value in settings.items() for word in ("-o", f"{path}={json.dumps(value)}")]
 
 
 def fit_use(root, out, overrides=None, options=(), categories="all", seed=0, device="cpu", **more):
-    "Training: every word of it can be the bad one."
+    "Training: every word of it can be the bad one. `overrides` is JSON, or a list of options of the command."
     overrides = overrides_of() if overrides is None else overrides
-    command = ["fit", "deco", root, "--out", out, "--categories", categories, "--seed", seed, "--device", device, "--overrides", overrides,
+    command = ["fit", "deco", root, "--out", out, "--categories", categories, "--seed", seed, "--device", device,
                *options]
+    if isinstance(overrides, list):
+        return Use([*command, *(word for one in overrides for word in ("-o", one))],
+                   lambda: fit("deco", root, out, device=device, overrides=parse_assignments(overrides)))
+    command += typed(json.loads(overrides)) if overrides.strip().startswith("{") and is_json(overrides) else []
     notebook = ("deco_image",
-                dict(data_root=str(root), out_dir=str(out), categories=categories, seed=seed, device=device, overrides=overrides))
-    return Use(command, lambda: experiment.fit("deco", root, out, categories=categories, seed=seed, device=device,
-                                               overrides=experiment.parse_overrides(overrides), **more), None if options else notebook)
+                dict(data_root=str(root), out_dir=str(out), categories=categories, seed=seed, device=device,
+                     overrides=overrides))
+    return Use(command, lambda: fit("deco", root, out, categories=categories, seed=seed, device=device,
+                                    overrides=parse_overrides(overrides), **more), None if options else notebook)
+
+
+def is_json(text):
+    try:
+        return bool(json.loads(text)) or True
+    except (ValueError, RecursionError):
+        return False
 
 
 def earlier_detections(out):
@@ -126,9 +157,11 @@ def image(content, name="x.png"):
             place(photos, f"good{number}.png", png(seed=number))
         path = place(photos, name, content)
         out = earlier_detections(folder / "out")
-        return Use(["detect", kit.run / "model", folder / "alone" if path.is_dir() else path, "--out", out, "--device", "cpu"],
-                   lambda: (data.FULL_FRAME.load(path), data.read_image(path))[1],
-                   ("deco_image", dict(data_root=str(photos), out_dir=str(folder / "run"), device="cpu", overrides=overrides_of())))
+        return Use(["detect", kit.run / "model", folder / "alone" if path.is_dir() else path, "--out", out, "--device",
+                    "cpu"],
+                   lambda: (FULL_FRAME.load(path), read_image(path))[1],
+                   ("deco_image",
+                    dict(data_root=str(photos), out_dir=str(folder / "run"), device="cpu", overrides=overrides_of())))
     return use
 
 
@@ -142,7 +175,8 @@ def sound(content, name="x.wav"):
         out = earlier_detections(folder / "out")
         return Use(["detect", kit.sound_run / "model", path, "--out", out, "--device", "cpu"], lambda: read_all(path),
                    ("adiff_audio",
-                    dict(data_root=str(sounds), out_dir=str(folder / "run"), device="cpu", overrides=json.dumps(TINY_SOUNDS))))
+                    dict(data_root=str(sounds), out_dir=str(folder / "run"), device="cpu",
+                         overrides=json.dumps(TINY_SOUNDS))))
     return use
 
 
@@ -155,7 +189,7 @@ def read_all(path):
 def finished_run(kit, root, run, **about):
     "A run folder as training on `root` leaves it, with the model of `kit.run`, which is of the same category."
     shutil.copytree(kit.run / "model", run / "model")
-    record, _, _ = experiment.describe_run("deco", root, "cpu", "all", 0, TINY, None)
+    record, _, _ = describe_run("deco", root, "cpu", "all", 0, TINY, None)
     write_json(run / "config.json", {**record, **about})
     shutil.copy(kit.run / "log.jsonl", run)
     return run
@@ -174,19 +208,21 @@ def detect_use(*options, model=None, source=None, **more):
         out = more.get("out_dir", lambda folder: earlier_detections(folder / "out"))(folder)
         options_of_call = {name: value for name, value in more.items() if name != "out_dir"}
         return Use(["detect", chosen, photo, "--out", out, "--device", "cpu", *options],
-                   lambda: detection.detect_files(chosen, [photo], out, device="cpu", **options_of_call))
+                   lambda: detect(chosen, [photo], out, device="cpu", **options_of_call))
     return use
 
 
 def mask(change):
-    "Masks of a dataset that a finished run is evaluated on: `change` is told the folder of the masks of the defect `hole`."
+    """Masks of a dataset that a finished run is evaluated on: `change` is told the folder of the masks of the defect
+    `hole`."""
     def use(kit, folder):
         root = folder / "data"
         shutil.copytree(kit.images, root)
         change(root / "brick/ground_truth/hole")
         run = finished_run(kit, root, folder / "run")
-        return Use(["evaluate", run, "--device", "cpu"], lambda: experiment.evaluate(run, device="cpu"),
-                   ("deco_image", dict(data_root=str(root), out_dir=str(run), device="cpu", overrides=overrides_of(), resume=True)))
+        return Use(["evaluate", run, "--device", "cpu"], lambda: evaluate(run, device="cpu"),
+                   ("deco_image",
+                    dict(data_root=str(root), out_dir=str(run), device="cpu", overrides=overrides_of(), resume=True)))
     return use
 
 
@@ -209,8 +245,8 @@ def urban(content):
             place(folder, f"data/audio/fold{fold}/{number}.wav", wav(seed=number))
         place(folder, "data/metadata/UrbanSound8K.csv", content)
         root, out, overrides = folder / "data", folder / "run", json.dumps(TINY_SOUNDS)
-        return Use(["fit", "adiff", root, "--out", out, "--device", "cpu", "--overrides", overrides],
-                   lambda: experiment.fit("adiff", root, out, device="cpu", overrides=TINY_SOUNDS),
+        return Use(["fit", "adiff", root, "--out", out, "--device", "cpu", *typed(TINY_SOUNDS)],
+                   lambda: fit("adiff", root, out, device="cpu", overrides=TINY_SOUNDS),
                    ("adiff_audio", dict(data_root=str(root), out_dir=str(out), device="cpu", overrides=overrides)))
     return use
 
@@ -226,8 +262,8 @@ def yaml(text, notebook=True):
 
 
 def overrides(text):
-    "Overrides as they are typed."
-    return lambda kit, folder: fit_use(kit.images, folder / "run", text)
+    "Overrides: a dict, or JSON as it is typed; or the options of a command, a list."
+    return lambda kit, folder: fit_use(kit.images, folder / "run", json.dumps(text) if isinstance(text, dict) else text)
 
 
 def parameter(command=None, call=None, notebook=None, **changes):
@@ -243,7 +279,7 @@ def checkpoint(content):
     def use(kit, folder):
         path = place(folder, "800.pt", content(folder) if callable(content) else content)
         return Use(["convert-official", path, folder / "out", "--network-only"],
-                   lambda: official.convert_official_checkpoint(path, folder / "out", None))
+                   lambda: convert_official_checkpoint(path, folder / "out", None))
     return use
 
 
@@ -255,7 +291,9 @@ def model(change):
         photo = place(folder, "photo.png", png())
         return Use(["detect", run / "model", photo, "--out", earlier_detections(folder / "out"), "--device", "cpu"],
                    lambda: AnomalyDetector.from_pretrained(run / "model")(photo),
-                   ("deco_image", dict(data_root=str(kit.images), out_dir=str(run), device="cpu", overrides=overrides_of(), resume=True)))
+                   ("deco_image",
+                    dict(data_root=str(kit.images), out_dir=str(run), device="cpu", overrides=overrides_of(),
+                         resume=True)))
     return use
 
 
@@ -263,8 +301,8 @@ def codec(make):
     "A folder of a codec, named by an override."
     def use(kit, folder):
         make(folder / "codec", folder)
-        return replace(fit_use(kit.images, folder / "run", overrides_of(codec=str(folder / "codec"))),
-                       call=lambda: codecs.load_codec(str(folder / "codec")))
+        return replace(fit_use(kit.images, folder / "run", overrides_of(codec={"kind": str(folder / "codec")})),
+                       call=lambda: load_codec(str(folder / "codec")))
     return use
 
 
@@ -287,14 +325,16 @@ def evaluation(change):
         run = finished_run(kit, kit.images, folder / "run")
         place(run, "metrics.json", b'{"earlier": true}')
         change(run)
-        return Use(["evaluate", run, "--device", "cpu"], lambda: experiment.evaluate(run, device="cpu"))
+        return Use(["evaluate", run, "--device", "cpu"], lambda: evaluate(run, device="cpu"))
     return use
 
 
 PICTURE = "pictures/000.png"
-TOY = common.Dataset(name="Toy", page="http://example.org/toy", url="http://example.org/toy.tar", archive="toy.tar", folder="toy",
+TOY = common.Dataset(name="Toy", page="http://example.org/toy", url="http://example.org/toy.tar", archive="toy.tar",
+                     folder="toy",
                      licence="none",
-                     problems=lambda folder: [] if (folder / PICTURE).is_file() else [f"{PICTURE}: missing"], most_files=100,
+                     problems=lambda folder: [] if (folder / PICTURE).is_file() else [f"{PICTURE}: missing"],
+                     most_files=100,
                      most_bytes=10_000_000)
 
 
@@ -375,27 +415,35 @@ IMAGES = [
     refused("truncated PNG", image(half(png())), "half a picture is none", "x.png", "cannot be read as an image"),
     refused("truncated JPEG", image(half(png(form="JPEG", quality=100)), "x.jpg"), "half a picture is none", "x.jpg",
             "cannot be read as an image"),
-    refused("truncated TIFF", image(half(png(form="TIFF")), "x.tif"), "half a picture is none", "x.tif", "cannot be read as an image"),
+    refused("truncated TIFF", image(half(png(form="TIFF")), "x.tif"), "half a picture is none", "x.tif",
+            "cannot be read as an image"),
     refused("empty file", image(b""), "nothing to see", "x.png", "the file is empty"),
     refused("text named .png", image(b"not an image\n"), "not an image", "x.png", "not an image"),
     refused("PNG whose header fails its checksum", image(flipped(png(), 20)), "damaged", "x.png", "not an image"),
-    refused("PNG whose pixels fail their checksum", image(flipped(png(), 700)), "damaged", "x.png", "cannot be read as an image"),
+    refused("PNG whose pixels fail their checksum", image(flipped(png(), 700)), "damaged", "x.png",
+            "cannot be read as an image"),
     refused("PNG of 60000 x 60000 declared pixels", image(png_header(60000, 60000)),
             "a decompression bomb: above PIL's limit of 179 million", "x.png",
             "cannot be read as an image"),
-    refused("PNG of 12000 x 12000 declared pixels, without them", image(png_header(12000, 12000)), "below the limit, but cut short",
+    refused("PNG of 12000 x 12000 declared pixels, without them", image(png_header(12000, 12000)),
+            "below the limit, but cut short",
             "x.png",
             "cannot be read as an image"),
-    refused("SVG", image(b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>'), "not an image of pixels", "x.png",
+    refused("SVG", image(b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>'),
+            "not an image of pixels", "x.png",
             "not an image"),
-    refused("floating-point TIFF with NaN", image(saved(Image.fromarray(np.full((30, 40), np.nan, np.float32)), "TIFF"), "x.tif"),
+    refused("floating-point TIFF with NaN",
+            image(saved(Image.fromarray(np.full((30, 40), np.nan, np.float32)), "TIFF"), "x.tif"),
             "NaN is no brightness", "x.tif", "nan"),
-    refused("floating-point TIFF above 1", image(saved(Image.fromarray(np.full((30, 40), 7, np.float32)), "TIFF"), "x.tif"),
+    refused("floating-point TIFF above 1",
+            image(saved(Image.fromarray(np.full((30, 40), 7, np.float32)), "TIFF"), "x.tif"),
             "what is white is unknown", "x.tif", "scale them to [0, 1]"),
-    refused("TIFF of 32-bit integers above 65535", image(saved(Image.fromarray(np.full((30, 40), 70000, np.int32)), "TIFF"), "x.tif"),
+    refused("TIFF of 32-bit integers above 65535",
+            image(saved(Image.fromarray(np.full((30, 40), 70000, np.int32)), "TIFF"), "x.tif"),
             "what is white is unknown", "x.tif", "8 or 16 bits"),
     refused("link to itself", image(lambda path: path.symlink_to(path.name)), "leads nowhere", "x.png"),
-    refused("link to nothing", image(lambda path: path.symlink_to("gone.png")), "told by name, not left out", "x.png", "no such file"),
+    refused("link to nothing", image(lambda path: path.symlink_to("gone.png")), "told by name, not left out", "x.png",
+            "no such file"),
     refused("pipe named .png", image(os.mkfifo), "reading it would wait for ever", "x.png", "not a file"),
     refused("broken picture with a line break and escapes in its name", image(b"", "a\n\x1b[31mb.png"),
             "the line stays one line, and no terminal is told anything",
@@ -403,25 +451,30 @@ IMAGES = [
     refused("name that is not in UTF-8, in a folder",
             detect_use(source=lambda kit, folder: place(folder, "photos/" + os.fsdecode(b"a\xff.png"), png()).parent),
             "no table could hold it", r"a\udcff.png", "UTF-8"),
-    refused("unreadable file", image(lambda path: (path.write_bytes(png()), path.chmod(0))), "the reason is told", "x.png",
+    refused("unreadable file", image(lambda path: (path.write_bytes(png()), path.chmod(0))), "the reason is told",
+            "x.png",
             "Permission denied"),
     handled("PNG named .jpg", image(png(), "x.jpg"), "the content decides", same_as(png())),
     handled("1 x 1 pixel", image(png(1, 1)), "enlarged", is_picture(1, 1)),
     handled("1 pixel high, 500 wide", image(png(1, 500)), "squeezed to a square as any other", is_picture(500, 1)),
-    handled("2 pixels high, 20000 wide", image(png(2, 20000)), "squeezed to a square as any other", is_picture(20000, 2)),
+    handled("2 pixels high, 20000 wide", image(png(2, 20000)), "squeezed to a square as any other",
+            is_picture(20000, 2)),
     handled("CMYK", image(png(mode="CMYK", form="JPEG"), "x.jpg"), "converted to RGB", is_picture()),
     handled("palette with transparency", image(transparent_palette()), "transparent is white",
             lambda found: found.getpixel((0, 0)) == (255, 255, 255)),
     handled("16 bits", image(saved(Image.fromarray(np.full((30, 40), 32896, np.uint16)), "PNG")), "65535 becomes 255",
             lambda found: found.getpixel((0, 0)) == (128, 128, 128)),
-    handled("floating-point TIFF in 0..1", image(saved(Image.fromarray(np.full((30, 40), 128 / 255, np.float32)), "TIFF"), "x.tif"),
+    handled("floating-point TIFF in 0..1",
+            image(saved(Image.fromarray(np.full((30, 40), 128 / 255, np.float32)), "TIFF"), "x.tif"),
             "1 becomes 255",
             lambda found: found.getpixel((0, 0)) == (128, 128, 128)),
     handled("TIFF of three pages", image(several("TIFF"), "x.tif"), "the first one counts", same_as(png())),
     handled("animated PNG", image(several("PNG", default_image=False)), "the first processor counts", same_as(png())),
-    handled("animated GIF named .png", image(several("GIF")), "the content decides, the first processor counts", is_picture()),
+    handled("animated GIF named .png", image(several("GIF")), "the content decides, the first processor counts",
+            is_picture()),
     handled("turned by EXIF", image(turned(), "x.jpg"), "shown upright", is_picture(30, 40)),
-    *(handled(f"name {title}", image(png(), name), "a name like any other", is_picture()) for title, name in ODD_NAMES.items()),
+    *(handled(f"name {title}", image(png(), name), "a name like any other", is_picture()) for title,
+      name in ODD_NAMES.items()),
 ]
 
 # ---- masks
@@ -458,23 +511,29 @@ def without_a_number(key):
 
 
 MASKS = [
-    refused("mask of another size", mask(rewritten(lambda old: old.resize((9, 9)))), "which pixel is meant is unknown", "they must agree"),
-    refused("empty mask file", mask(lambda folder: mask_file(folder).write_bytes(b"")), "left out, it would change the numbers unseen",
+    refused("mask of another size", mask(rewritten(lambda old: old.resize((9, 9)))), "which pixel is meant is unknown",
+            "they must agree"),
+    refused("empty mask file", mask(lambda folder: mask_file(folder).write_bytes(b"")),
+            "left out, it would change the numbers unseen",
             "the file is empty"),
     refused("truncated mask", mask(lambda folder: mask_file(folder).write_bytes(half(mask_file(folder).read_bytes()))),
             "half a mask is none",
             "cannot be read as an image"),
-    refused("mask that is a link to nothing", parameter(root=lambda kit, folder: without_masks(kit, folder)), "not the same as no mask",
+    refused("mask that is a link to nothing", parameter(root=lambda kit, folder: without_masks(kit, folder)),
+            "not the same as no mask",
             "_mask.png", "no such file"),
     handled("colour mask", mask(rewritten(lambda old: old.convert("RGB"))), "any colour but black is anomalous",
             without_a_number("pixel_ap")),
     handled("mask with a palette", mask(rewritten(lambda old: old.convert("P"))), "any index but 0 is anomalous",
             without_a_number("pixel_ap")),
-    handled("missing mask", mask(lambda folder: mask_file(folder).unlink()), "counts in image-level metrics only, and a note says so",
+    handled("missing mask", mask(lambda folder: mask_file(folder).unlink()),
+            "counts in image-level metrics only, and a note says so",
             lambda metrics: any("have no mask" in note for note in metrics["notes"])),
     handled("black mask of an anomalous image", mask(rewritten(lambda old: Image.new("L", old.size))),
-            "its pixels count as normal, as the mask says; at image level it stays anomalous", without_a_number("image_ap")),
-    handled("masks without an image", mask(lambda folder: shutil.copy(mask_file(folder), folder / "999_mask.png")), "left out",
+            "its pixels count as normal, as the mask says; at image level it stays anomalous",
+            without_a_number("image_ap")),
+    handled("masks without an image", mask(lambda folder: shutil.copy(mask_file(folder), folder / "999_mask.png")),
+            "left out",
             without_a_number("pixel_ap")),
 ]
 
@@ -487,7 +546,8 @@ def wave_samples(seconds=1.0, rate=16000, channels=1, seed=0):
 
 def wav(seconds=1.0, rate=16000, channels=1, seed=0, **options):
     buffer = io.BytesIO()
-    soundfile.write(buffer, wave_samples(seconds, rate, channels, seed), rate, format=options.pop("format", "WAV"), **options)
+    soundfile.write(buffer, wave_samples(seconds, rate, channels, seed), rate, format=options.pop("format", "WAV"),
+                    **options)
     return buffer.getvalue()
 
 
@@ -521,13 +581,16 @@ SOUNDS = [
     refused("samples that are infinite", sound(floats(np.inf)), "infinity is no level", "x.wav", "infinite"),
     refused("samples of 1e6", sound(floats(1e6)), "what is loud is unknown", "x.wav", "scale them to [-1, 1]"),
     refused("0 Hz", sound(wav_header(rate=0)), "no sample rate", "x.wav"),
-    refused("2 GHz", sound(wav_header(rate=2**31 - 1)), "no sound has it, and nothing would be left at 16 kHz", "x.wav", "sample rate"),
+    refused("2 GHz", sound(wav_header(rate=2**31 - 1)), "no sound has it, and nothing would be left at 16 kHz", "x.wav",
+            "sample rate"),
     refused("1 Hz", sound(wav_header(rate=1)), "hours of sound in a few bytes", "x.wav", "sample rate"),
     refused("no channels", sound(wav_header(channels=0)), "no samples", "x.wav", "Channel"),
     refused("declared length of 2 GB", sound(wav_header(declared=2**31)), "its end is missing", "x.wav", "cut short"),
     refused("pipe named .wav", sound(os.mkfifo), "reading it would wait for ever", "x.wav", "not a file"),
-    refused("link to nothing", sound(lambda path: path.symlink_to("gone.wav")), "told by name, not left out", "x.wav", "no such file"),
-    handled("unknown length, as recorders that stream write it", sound(wav_header(declared=2**32 - 1)), "read up to its end", is_sound()),
+    refused("link to nothing", sound(lambda path: path.symlink_to("gone.wav")), "told by name, not left out", "x.wav",
+            "no such file"),
+    handled("unknown length, as recorders that stream write it", sound(wav_header(declared=2**32 - 1)),
+            "read up to its end", is_sound()),
     handled("8 channels", sound(wav(channels=8)), "averaged", is_sound()),
     handled("8 bits", sound(wav(subtype="PCM_U8")), "scaled to [-1, 1]", is_sound()),
     handled("one sample", sound(wav(1 / 16000)), "followed by silence", is_sound()),
@@ -555,46 +618,62 @@ def detector_of(*categories):
 URBAN_HEAD = "slice_file_name,fsID,start,end,salience,fold,classID,class"
 
 TABLES = [
-    refused("no column for the image", table(rows(*ROWS, head="object,split,label,picture,mask")), "what is meant is unknown", "1cls.csv",
+    refused("no column for the image", table(rows(*ROWS, head="object,split,label,picture,mask")),
+            "what is meant is unknown", "1cls.csv",
             "has no column image"),
-    refused("an image twice", table(rows(*ROWS, ROWS[0])), "it would count twice, or in two splits", "1cls.csv", "row 6", "listed twice"),
-    refused("absolute path", table(rows(*ROWS, "thing,train,normal,/etc/hostname.png,")), "outside of the dataset", "row 6",
+    refused("an image twice", table(rows(*ROWS, ROWS[0])), "it would count twice, or in two splits", "1cls.csv",
+            "row 6", "listed twice"),
+    refused("absolute path", table(rows(*ROWS, "thing,train,normal,/etc/hostname.png,")), "outside of the dataset",
+            "row 6",
             "relative to the dataset's root"),
-    refused("parent path", table(rows(*ROWS, "thing,train,normal,pictures/../../x.png,")), "outside of the dataset", "row 6",
+    refused("parent path", table(rows(*ROWS, "thing,train,normal,pictures/../../x.png,")), "outside of the dataset",
+            "row 6",
             "relative to the dataset's root"),
-    refused("parent path of a mask", table(rows(*ROWS, "thing,test,anomaly,outside.png,../../mask.png")), "outside of the dataset", "row 6",
+    refused("parent path of a mask", table(rows(*ROWS, "thing,test,anomaly,outside.png,../../mask.png")),
+            "outside of the dataset", "row 6",
             "relative to the dataset's root"),
     refused("in Latin-1", table(rows(*ROWS, "Gehäuse,train,normal,outside.png,", encoding="latin-1")),
             "guessing the encoding would spoil names", "1cls.csv",
             "not a CSV table"),
-    refused("in UTF-16", table(rows(*ROWS, encoding="utf-16")), "guessing the encoding would spoil names", "1cls.csv", "not a CSV table"),
+    refused("in UTF-16", table(rows(*ROWS, encoding="utf-16")), "guessing the encoding would spoil names", "1cls.csv",
+            "not a CSV table"),
     refused("NUL in a path", table(rows(*ROWS, "thing,train,normal,a\0b.png,")), "no path of a file", "row 6", "NUL"),
     refused("empty file", table(b""), "no table", "1cls.csv", "not a CSV table"),
     refused("header only", table(rows()), "nothing to train on", "1cls.csv", "no rows"),
     refused("binary", table(png()), "no table", "1cls.csv", "not a CSV table"),
-    refused("rows with too many commas", table(rows(*ROWS, "thing,train,normal,outside.png,,,,")), "which column is meant is unknown",
+    refused("rows with too many commas", table(rows(*ROWS, "thing,train,normal,outside.png,,,,")),
+            "which column is meant is unknown",
             "1cls.csv", "not a CSV table"),
-    refused("every row with one comma too many", table(rows(*(row + "," for row in ROWS))), "pandas would move every column by one",
+    refused("every row with one comma too many", table(rows(*(row + "," for row in ROWS))),
+            "pandas would move every column by one",
             "1cls.csv", "more fields than the header"),
     refused("category that leaves the folder", table(rows(*(row.replace("thing", "../../thing") for row in ROWS))),
             "folders and figures are called so", "row 2",
             "object must be a name"),
-    refused("unknown split", table(rows(*ROWS, "thing,trian,normal,outside.png,")), "a typing error", "row 6", "trian", "train"),
-    refused("anomaly in the training split", table(rows(*ROWS, "thing,train,anomaly,outside.png,")), "training is on normal images only",
+    refused("unknown split", table(rows(*ROWS, "thing,trian,normal,outside.png,")), "a typing error", "row 6", "trian",
+            "train"),
+    refused("anomaly in the training split", table(rows(*ROWS, "thing,train,anomaly,outside.png,")),
+            "training is on normal images only",
             "row 6",
             "outside the test split"),
-    refused("none of its files is there", table(rows("thing,train,normal,gone.png,")), "nothing to train on", "holds no image of thing"),
-    handled("with a byte-order mark", table(rows(*WHOLE, encoding="utf-8-sig")), "the mark is no part of the first name",
+    refused("none of its files is there", table(rows("thing,train,normal,gone.png,")), "nothing to train on",
+            "holds no image of thing"),
+    handled("with a byte-order mark", table(rows(*WHOLE, encoding="utf-8-sig")),
+            "the mark is no part of the first name",
             detector_of("thing")),
-    handled("Windows line ends and quotes", table(rows(*WHOLE, '"thing","train","normal","outside.png",""').replace(b"\n", b"\r\n")),
+    handled("Windows line ends and quotes",
+            table(rows(*WHOLE, '"thing","train","normal","outside.png",""').replace(b"\n", b"\r\n")),
             "a table like any other",
             detector_of("thing")),
-    handled("category that is a formula", table(rows(*(row.replace("thing", "=1+1") for row in WHOLE))), "text, in python as in our files",
+    handled("category that is a formula", table(rows(*(row.replace("thing", "=1+1") for row in WHOLE))),
+            "text, in python as in our files",
             detector_of("=1+1")),
     handled("rows without a file", table(rows(*WHOLE, "thing,train,normal,gone.png,")), "left out, counted in a note",
             detector_of("thing")),
-    refused("UrbanSound8K: fold 11", urban(rows("0.wav,1,0,1,1,11,3,dog_bark", head=URBAN_HEAD)), "there are ten", "row 2", "fold '11'"),
-    refused("UrbanSound8K: a time that is no number", urban(rows("0.wav,1,zero,1,1,1,3,dog_bark", head=URBAN_HEAD)), "no length", "row 2",
+    refused("UrbanSound8K: fold 11", urban(rows("0.wav,1,0,1,1,11,3,dog_bark", head=URBAN_HEAD)), "there are ten",
+            "row 2", "fold '11'"),
+    refused("UrbanSound8K: a time that is no number", urban(rows("0.wav,1,zero,1,1,1,3,dog_bark", head=URBAN_HEAD)),
+            "no length", "row 2",
             "does not end"),
     refused("UrbanSound8K: a recording in training and test",
             urban(rows("0.wav,1,0,1,1,1,3,dog_bark", "1.wav,1,0,1,1,10,3,dog_bark", head=URBAN_HEAD)),
@@ -609,7 +688,8 @@ GROUP = "groups: {g: {notebook: nb.ipynb, axes: {seed: [0, 1]}%s}}\n"
 def laughs(depth=9, width=9):
     "Few lines in which every alias stands for many others."
     lines = ["x0: &x0 [lol]"] + [f"x{n + 1}: &x{n + 1} [{', '.join([f'*x{n}'] * width)}]" for n in range(depth)]
-    return "groups:\n  g:\n    notebook: nb.ipynb\n    parameters:\n      options:\n" + "".join(f"        {line}\n" for line in lines)
+    head = "groups:\n  g:\n    notebook: nb.ipynb\n    parameters:\n      options:\n"
+    return head + "".join(f"        {line}\n" for line in lines)
 
 
 MATRICES = [
@@ -617,7 +697,8 @@ MATRICES = [
             "YAML is read without objects", "m.yaml",
             "not valid YAML"),
     refused("aliases of aliases", yaml(laughs()), "a few lines that stand for millions of values", "m.yaml", "aliases"),
-    refused("an alias inside of what it means", yaml("groups: &g\n  g: {notebook: nb.ipynb, parameters: {options: *g}}\n"), "it has no end",
+    refused("an alias inside of what it means",
+            yaml("groups: &g\n  g: {notebook: nb.ipynb, parameters: {options: *g}}\n"), "it has no end",
             "m.yaml", "aliases"),
     refused("a key twice", yaml(GROUP % "" + GROUP % ""), "one of them would be lost", "line 2", "duplicate key"),
     refused("tabs", yaml("groups:\n\tg:\n\t\tnotebook: nb.ipynb\n"), "not YAML", "line 2"),
@@ -628,47 +709,92 @@ MATRICES = [
     refused("NUL", yaml("groups: \0\n"), "not YAML", "not valid YAML"),
     refused("1000 brackets", yaml("groups: " + "[" * 1000), "nested deeper than anything needs", "m.yaml", "nested"),
     refused("2 MB", yaml("# " + "x" * 2_000_000 + "\n" + GROUP % ""), "a matrix is a short file", "m.yaml", "1 MB"),
-    refused("a number of 5000 digits", yaml(GROUP.replace("0, 1", "9" * 5000) % ""), "no number anyone means", "m.yaml", "not valid YAML"),
-    refused("a date that does not exist", yaml(GROUP.replace("0, 1", "2020-13-45") % ""), "not YAML", "m.yaml", "not valid YAML"),
-    refused("a date", yaml(GROUP % ", parameters: {options: {day: 2020-12-24}}"), "a notebook is told text and numbers", "m.yaml",
+    refused("a number of 5000 digits", yaml(GROUP.replace("0, 1", "9" * 5000) % ""), "no number anyone means", "m.yaml",
+            "not valid YAML"),
+    refused("a date that does not exist", yaml(GROUP.replace("0, 1", "2020-13-45") % ""), "not YAML", "m.yaml",
+            "not valid YAML"),
+    refused("a date", yaml(GROUP % ", parameters: {options: {day: 2020-12-24}}"), "a notebook is told text and numbers",
+            "m.yaml",
             "quotes"),
     refused("a list as a key", yaml("? [a, b]\n: x\n"), "no name of anything", "m.yaml"),
     refused("a million runs", yaml(f"groups: {{g: {{notebook: nb.ipynb, axes: {{seed: {list(range(1000))}, "
                                    f"options: {({f'o{n}': {'x': n} for n in range(1000)})}}}}}}}"),
             "a plan that cannot be meant", "m.yaml", "1000000 runs"),
-    refused("a notebook that is not there", yaml(GROUP.replace("nb.", "no.") % ""), "nothing to run", "no.ipynb", "no such file"),
-    refused("a parameter of a wrong type", yaml(GROUP.replace("0, 1", "zero") % ""), "the notebook would fail later", "seed must be int"),
-    handled("aliases that are few", yaml("groups:\n  g: {notebook: nb.ipynb, axes: {seed: [0]}, parameters: &p {options: {a: 1}}}\n"
-                                         "  h: {notebook: nb.ipynb, axes: {seed: [1]}, parameters: *p}\n"), "each stands for what it names",
-                                         lambda runs: len(runs) == 2),
+    refused("a notebook that is not there", yaml(GROUP.replace("nb.", "no.") % ""), "nothing to run", "no.ipynb",
+            "no such file"),
+    refused("a parameter of a wrong type", yaml(GROUP.replace("0, 1", "zero") % ""), "the notebook would fail later",
+            "seed must be int"),
+    handled("aliases that are few",
+            yaml("groups:\n  g: {notebook: nb.ipynb, axes: {seed: [0]}, parameters: &p {options: {a: 1}}}\n"
+                 "  h: {notebook: nb.ipynb, axes: {seed: [1]}, parameters: *p}\n"),
+            "each stands for what it names", lambda runs: len(runs) == 2),
     handled("names with slashes, dots and shell commands",
-            yaml('groups: {"../../$(touch executed)": {notebook: nb.ipynb, axes: {seed: {"`touch executed`; /": 0, b: 1}}}}\n'),
+            yaml('groups: {"../../$(touch executed)": '
+                 '{notebook: nb.ipynb, axes: {seed: {"`touch executed`; /": 0, b: 1}}}}\n'),
             "a run's folder has letters, digits and . _ - = + only",
-            lambda runs: all(set(run.folder) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-=+")
-                             and ".." not in Path(run.folder).parts
-                             for run in runs)),
+            lambda runs: all(re.fullmatch(r"[\w.=+-]+", run.folder) and run.folder != ".." for run in runs)),
 ]
 
 # ---- overrides and parameters
 
-JSON = [
-    refused("not JSON", overrides("{codec"), "a typing error", "overrides", "not valid JSON"),
-    refused("a list", overrides("[1]"), "no keys", "overrides", "JSON object"),
-    refused("null", overrides("null"), "no keys", "overrides", "JSON object"),
-    refused("a key twice", overrides('{"length": 1, "length": 2}'), "one of them would be lost", "overrides", "'length'", "twice"),
-    refused("NaN", overrides('{"learning_rate": NaN}'), "not JSON, and no number", "overrides", "NaN"),
-    refused("Infinity", overrides('{"learning_rate": Infinity}'), "not JSON, and no number", "overrides", "Infinity"),
-    refused("100000 brackets", overrides('{"codec": ' + "[" * 100_000), "nested deeper than anything needs", "overrides", "nested"),
-    refused("a number of 5000 digits", overrides('{"length": ' + "9" * 5000 + "}"), "no number anyone means", "overrides"),
-    refused("a length of 30 digits", overrides('{"length": ' + "9" * 30 + "}"), "it would never end", "length", "less than"),
-    refused("an image size of a million", overrides('{"image_size": 1000000}'), "no memory holds it", "image_size", "less than"),
-    refused("unknown key", overrides('{"codek": "taef2"}'), "a typing error", "codek", "codec"),
-    refused("wrong type", overrides('{"length": "long"}'), "a typing error", "length", "long"),
-    refused("null where a value is needed", overrides('{"codec": null}'), "nothing to choose", "codec"),
-    refused("a wavelet that is a path", overrides('{"wavelet": "../haar"}'), "no wavelet", "../haar"),
-    refused("a codec with NUL in its name", overrides('{"codec": "a\\u0000b"}'), "no path of a folder", "codec"),
+OVERRIDES = [
+    refused("not JSON", unspeakable(overrides("{codec")), "a typing error", "overrides", "not valid JSON"),
+    refused("a list", unspeakable(overrides("[1]")), "no sections", "overrides", "JSON object"),
+    refused("null", unspeakable(overrides("null")), "no sections", "overrides", "JSON object"),
+    refused("a section twice", unspeakable(overrides('{"training": {"length": 1}, "training": {"length": 2}}')),
+            "one of them would be lost", "overrides", "'training'", "twice"),
+    refused("a setting twice", unspeakable(overrides('{"training": {"length": 1, "length": 2}}')),
+            "one of them would be lost",
+            "overrides", "'length'", "twice"),
+    refused("NaN", unspeakable(overrides('{"training": {"learning_rate": NaN}}')), "not JSON, and no number",
+            "overrides", "NaN"),
+    refused("Infinity", unspeakable(overrides('{"training": {"learning_rate": Infinity}}')), "not JSON, and no number",
+            "overrides",
+            "Infinity"),
+    refused("100000 brackets", unspeakable(overrides('{"codec": ' + "[" * 100_000)),
+            "nested deeper than anything needs", "overrides",
+            "nested"),
+    refused("a number of 5000 digits", unspeakable(overrides('{"training": {"length": ' + "9" * 5000 + "}}")),
+            "no number anyone means", "overrides"),
+    refused("-o without a value", overrides(["training.length"]), "nothing to set it to", "training.length", "=VALUE"),
+    refused("-o without a setting", overrides(["=100"]), "nothing to set", "=100", "SECTION.SETTING"),
+    refused("-o with a path that is too long", overrides(["codec.kind.name=wavelet"]), "no setting lies that deep",
+            "codec.kind.name"),
+    refused("-o twice", overrides(["training.length=1", "training.length=2"]), "one of them would be lost",
+            "training.length", "twice"),
+    refused("-o of a section and of what is in it", overrides(["training=1", "training.length=2"]),
+            "one of them would be lost",
+            "training.length"),
+    refused("-o with NaN", overrides(["training.learning_rate=NaN"]), "no number", "training.learning_rate"),
+    refused("-o with 100000 brackets", overrides(["training.length=" + "[" * 100_000]),
+            "nested deeper than anything needs",
+            "training.length"),
+    refused("a length of 30 digits", overrides({"training": {"length": int("9" * 30)}}), "it would never end",
+            "training.length",
+            "less than"),
+    refused("an image size of a million", overrides({"data": {"image_size": 10**6}}), "no memory holds it",
+            "data.image_size",
+            "less than"),
+    refused("unknown section", overrides({"codek": {"kind": "taef2"}}), "a typing error", "codek", "codec"),
+    refused("unknown setting", overrides({"correction": {"steps": 1}}), "a typing error",
+            "unknown override 'correction.steps'",
+            "known: correction.kind, correction.num_inference_steps"),
+    refused("a setting without its section", overrides({"num_inference_steps": 1}),
+            "which section is meant is not guessed",
+            "'num_inference_steps'", "correction.num_inference_steps"),
+    refused("a setting of another kind", overrides({"correction": {"kind": "single-pass", "num_inference_steps": 1}}),
+            "it would do nothing", "unknown override 'correction.num_inference_steps'", "known: correction.kind"),
+    refused("unknown kind", overrides({"network": {"kind": "unet"}}), "a typing error", "network.kind", "'unet'",
+            "class-token-unet"),
+    refused("a section that is a text", overrides({"training": "long"}), "no settings", "'training'"),
+    refused("wrong type", overrides({"training": {"length": "long"}}), "a typing error", "training.length", "long"),
+    refused("null where a value is needed", overrides({"codec": None}), "nothing to choose", "codec"),
+    refused("a wavelet that is a path", overrides({"codec": {"wavelet": "../haar"}}), "no wavelet", "../haar"),
+    refused("a codec with NUL in its name", overrides({"codec": {"kind": "a\0b"}}), "no path of a folder", "codec"),
     handled("spaces and line breaks", overrides(f" {overrides_of()}\n"), "JSON allows them", detector_of("brick")),
-    handled("a number as text", overrides(json.dumps({**TINY, "length": "1"})), "read as the number", detector_of("brick")),
+    handled("a number as text", overrides({**TINY, "training": {**TINY["training"], "length": "1"}}),
+            "read as the number",
+            detector_of("brick")),
 ]
 
 PARAMETERS = [
@@ -681,11 +807,15 @@ PARAMETERS = [
     refused("unknown category", parameter(categories="brikc"), "a typing error", "brikc", "brick"),
     refused("data with NUL in its path", unspeakable(parameter(root="a\0b")), "no path of a folder", "no such folder"),
     refused("out with NUL in its path", unspeakable(parameter(out="a\0b")), "no path of a folder", "cannot write here"),
-    refused("a file as data", parameter(root=lambda kit, folder: place(folder, "x.png", png())), "no folder", "no such folder"),
-    refused("out is a file", parameter(out=lambda kit, folder: place(folder, "x", b"mine")), "it would be lost", "cannot write here"),
-    refused("out is the data", parameter(root=lambda kit, folder: photos(folder), out=lambda kit, folder: folder / "photos"),
+    refused("a file as data", parameter(root=lambda kit, folder: place(folder, "x.png", png())), "no folder",
+            "no such folder"),
+    refused("out is a file", parameter(out=lambda kit, folder: place(folder, "x", b"mine")), "it would be lost",
+            "cannot write here"),
+    refused("out is the data",
+            parameter(root=lambda kit, folder: photos(folder), out=lambda kit, folder: folder / "photos"),
             "what a run draws would be trained on next time", "photos", "out_dir"),
-    refused("out is inside the data", parameter(root=lambda kit, folder: photos(folder), out=lambda kit, folder: folder / "photos/run"),
+    refused("out is inside the data",
+            parameter(root=lambda kit, folder: photos(folder), out=lambda kit, folder: folder / "photos/run"),
             "what a run draws would be trained on next time", "photos", "out_dir"),
     refused("the data is a root whose folders are no categories",
             parameter(root=lambda kit, folder: place(folder, "a/train/x.txt", b"").parent.parent.parent),
@@ -702,27 +832,36 @@ def photos(folder):
 PARAMETERS += [
     refused("batch size 0", detect_use("--batch-size", 0, batch_size=0), "nothing would be detected", "batch_size"),
     refused("batch size -1", detect_use("--batch-size", -1, batch_size=-1), "nothing would be detected", "batch_size"),
-    refused("unknown category to detect", detect_use("--category", "brikc", category="brikc"), "a typing error", "brikc", "brick"),
-    refused("a file as model", detect_use(model=lambda kit, folder: place(folder, "model", b"x")), "no folder", "model"),
-    refused("a model that is not there", detect_use(model=lambda kit, folder: folder / "no/such/model"), "nothing to detect with", "model"),
-    refused("a file that is not there", detect_use(source=lambda kit, folder: folder / "gone.png"), "nothing to detect in", "gone.png",
+    refused("unknown category to detect", detect_use("--category", "brikc", category="brikc"), "a typing error",
+            "brikc", "brick"),
+    refused("a file as model", detect_use(model=lambda kit, folder: place(folder, "model", b"x")), "no folder",
+            "model"),
+    refused("a model that is not there", detect_use(model=lambda kit, folder: folder / "no/such/model"),
+            "nothing to detect with", "model"),
+    refused("a file that is not there", detect_use(source=lambda kit, folder: folder / "gone.png"),
+            "nothing to detect in", "gone.png",
             "no such file"),
-    refused("a folder without pictures", detect_use(source=lambda kit, folder: place(folder, "texts/x.txt", b"").parent),
+    refused("a folder without pictures",
+            detect_use(source=lambda kit, folder: place(folder, "texts/x.txt", b"").parent),
             "nothing to detect in", "holds no image"),
-    refused("detections into a file", detect_use(out_dir=lambda folder: place(folder, "out", b"mine")), "it would be lost",
+    refused("detections into a file", detect_use(out_dir=lambda folder: place(folder, "out", b"mine")),
+            "it would be lost",
             "cannot write here"),
-    handled("a folder named x.png with a picture in it", detect_use(source=lambda kit, folder: place(folder, "x.png/a.png", png()).parent),
+    handled("a folder named x.png with a picture in it",
+            detect_use(source=lambda kit, folder: place(folder, "x.png/a.png", png()).parent),
             "searched through",
             lambda found: len(found) == 1 and not found.error.any()),
     handled("detections into the folder of the pictures, a second time",
             detect_use(source=lambda kit, folder: earlier_detections(place(folder, "p/a.png", png()).parent),
-                                                                                    out_dir=lambda folder: folder / "p"),
-                                                                                    "our own overlays are not looked at",
+                       out_dir=lambda folder: folder / "p"),
+            "our own overlays are not looked at",
             lambda found: len(found) == 1 and not found.error.any()),
     refused("detection in our own overlays",
-            detect_use(source=lambda kit, folder: earlier_detections(folder / "out") / "overlays", out_dir=lambda folder: folder / "out"),
+            detect_use(source=lambda kit, folder: earlier_detections(folder / "out") / "overlays",
+                       out_dir=lambda folder: folder / "out"),
             "they are not pictures of anything", "overlays", "nothing else"),
-    handled("a folder with a link to itself", detect_use(source=lambda kit, folder: linked(folder)), "links to folders are not followed",
+    handled("a folder with a link to itself", detect_use(source=lambda kit, folder: linked(folder)),
+            "links to folders are not followed",
             lambda found: len(found) == 1 and not found.error.any()),
 ]
 
@@ -768,23 +907,30 @@ def official_weights(**shapes):
 
 
 CHECKPOINTS = [
-    refused("pickle that runs a command", checkpoint(lambda folder: pickle.dumps({"model": Malicious(folder / "executed")})),
+    refused("pickle that runs a command",
+            checkpoint(lambda folder: pickle.dumps({"model": Malicious(folder / "executed")})),
             "nothing in a file is run", "800.pt",
             "refused"),
-    refused("torch file that runs a command", checkpoint(lambda folder: torch_bytes({"model": Malicious(folder / "executed")})),
+    refused("torch file that runs a command",
+            checkpoint(lambda folder: torch_bytes({"model": Malicious(folder / "executed")})),
             "nothing in a file is run", "800.pt",
             "refused"),
-    refused("torn torch file", checkpoint(half(torch_bytes(official_weights()))), "half of it is missing", "800.pt", "refused"),
+    refused("torn torch file", checkpoint(half(torch_bytes(official_weights()))), "half of it is missing", "800.pt",
+            "refused"),
     refused("empty file", checkpoint(b""), "nothing in it", "800.pt"),
     refused("zip of something else", checkpoint(zip_bytes(**{"a.txt": "x"})), "no weights", "800.pt"),
-    refused("another dictionary of tensors", checkpoint(torch_bytes({"model": {"weight": torch.zeros(3)}})), "another network", "800.pt",
+    refused("another dictionary of tensors", checkpoint(torch_bytes({"model": {"weight": torch.zeros(3)}})),
+            "another network", "800.pt",
             "not in the official"),
     refused("a list", checkpoint(torch_bytes([1, 2])), "another network", "800.pt", "not in the official"),
-    refused("weights without axes", checkpoint(torch_bytes({"model": dict.fromkeys(OFFICIAL_KEYS, torch.zeros(()))})), "another network",
+    refused("weights without axes", checkpoint(torch_bytes({"model": dict.fromkeys(OFFICIAL_KEYS, torch.zeros(()))})),
+            "another network",
             "official"),
-    refused("width of no known size", checkpoint(torch_bytes(official_weights(**{OFFICIAL_KEYS[1]: (77, 77)}))), "another network",
+    refused("width of no known size", checkpoint(torch_bytes(official_weights(**{OFFICIAL_KEYS[1]: (77, 77)}))),
+            "another network",
             "known sizes"),
-    refused("three weights of many", checkpoint(torch_bytes(official_weights())), "another network", "official checkpoint"),
+    refused("three weights of many", checkpoint(torch_bytes(official_weights())), "another network",
+            "official checkpoint"),
 ]
 
 
@@ -841,14 +987,17 @@ def evil_part(model, folder):
 def only_pickled(model, folder):
     state = load_file(network_file(model))
     network_file(model).unlink()
-    (model / "network/diffusion_pytorch_model.bin").write_bytes(pickle.dumps({**state, "x": Malicious(folder / "executed")}))
+    (model / "network/diffusion_pytorch_model.bin").write_bytes(pickle.dumps({**state,
+                                                                              "x": Malicious(folder / "executed")}))
 
 
 def nested_pipeline(model, folder):
     "A part that is a pipeline of diffusers, with code of its own."
-    (model / "network/model_index.json").write_text(json.dumps({"_class_name": ["evil", "Evil"], "_diffusers_version": "0.42.1"}))
+    (model / "network/model_index.json").write_text(json.dumps({"_class_name": ["evil", "Evil"],
+                                                                "_diffusers_version": "0.42.1"}))
     evil_code(model / "network/evil.py")
-    with_json("model_index.json", lambda values, _: {**values, "network": ["diffusers", "DiffusionPipeline"]})(model, folder)
+    with_json("model_index.json", lambda values, _: {**values, "network": ["diffusers", "DiffusionPipeline"]})(model,
+                                                                                                               folder)
 
 
 def changed_network(**changes):
@@ -861,49 +1010,63 @@ def first_shortened(state):
 
 
 MODELS = [
-    refused("torn weights", model(lambda model, folder: network_file(model).write_bytes(half(network_file(model).read_bytes()))),
+    refused("torn weights",
+            model(lambda model, folder: network_file(model).write_bytes(half(network_file(model).read_bytes()))),
             "half of them are missing",
             "model"),
-    refused("empty weights", model(lambda model, folder: network_file(model).write_bytes(b"")), "nothing in them", "model"),
+    refused("empty weights", model(lambda model, folder: network_file(model).write_bytes(b"")), "nothing in them",
+            "model"),
     refused("weights whose header declares 2**60 bytes", model(lying_header(2**60)), "longer than the file", "model"),
     refused("weights whose header is shorter than it is", model(lying_header(10)), "cut off in the middle", "model"),
     refused("a tensor of 2**50 declared values", model(huge_tensor), "longer than the file", "model"),
     refused("weights that are NaN",
-            model(with_weights(lambda state: {name: torch.full_like(value, torch.nan) for name, value in state.items()})),
+            model(with_weights(lambda state: {name: torch.full_like(value, torch.nan) for name,
+                                              value in state.items()})),
             "every score would be NaN", "NaN"),
     refused("a weight of another shape", model(with_weights(first_shortened)), "another network", "model"),
-    refused("a weight that is missing", model(with_weights(lambda state: dict(sorted(state.items())[1:]))), "it would be random", "model"),
+    refused("a weight that is missing", model(with_weights(lambda state: dict(sorted(state.items())[1:]))),
+            "it would be random", "model"),
     refused("weights as a pickle that runs a command", model(only_pickled), "safetensors only", "model"),
-    refused("model_index.json is not JSON", model(with_json("model_index.json", lambda values, _: "{")), "torn", "model_index.json",
+    refused("model_index.json is not JSON", model(with_json("model_index.json", lambda values, _: "{")), "torn",
+            "model_index.json",
             "not valid JSON"),
     refused("model_index.json is a list", model(with_json("model_index.json", lambda values, _: [1])), "another format",
             "model_index.json"),
     refused("model_index.json without the network",
             model(with_json("model_index.json", lambda values, _: {k: v for k, v in values.items() if k != "codec"})),
             "a part is missing", "model"),
-    refused("a part that is os.system", model(with_json("model_index.json", lambda values, _: {**values, "network": ["os", "system"]})),
+    refused("a part that is os.system",
+            model(with_json("model_index.json", lambda values, _: {**values, "network": ["os", "system"]})),
             "no part of a detector",
             "os"),
     refused("a part of a module that is not imported",
             model(with_json("model_index.json", lambda values, _: {**values, "network": ["antigravity", "fly"]})),
             "a model folder imports nothing", "antigravity", "import"),
-    refused("a part that is a number", model(with_json("model_index.json", lambda values, _: {**values, "network": 3})), "no part",
+    refused("a part that is a number", model(with_json("model_index.json", lambda values, _: {**values, "network": 3})),
+            "no part",
             "model_index.json"),
     refused("a part with code in its folder", model(evil_part), "a model folder runs nothing", "evil"),
     refused("a pipeline with code in the folder", model(evil_pipeline), "a model folder runs nothing", "model"),
-    refused("a part that is a pipeline of diffusers", model(nested_pipeline), "no part of a detector", "DiffusionPipeline"),
-    refused("a configuration that is torn", model(lambda model, folder: (model / "network/config.json").write_text("{")), "torn", "model"),
-    refused("a configuration with a key that is unknown and one that is missing", model(changed_network(base_channels="many")),
+    refused("a part that is a pipeline of diffusers", model(nested_pipeline), "no part of a detector",
+            "DiffusionPipeline"),
+    refused("a configuration that is torn",
+            model(lambda model, folder: (model / "network/config.json").write_text("{")), "torn", "model"),
+    refused("a configuration with a key that is unknown and one that is missing",
+            model(changed_network(base_channels="many")),
             "another network", "model"),
     refused("a configuration of a gigantic network", model(changed_network(base_channels=2**20)),
             "the weights are of another size, and no memory is taken", "model"),
-    refused("a codec of 4**20 channels", model(with_json("codec/config.json", lambda values, _: {**values, "levels": 20})),
+    refused("a codec of 4**20 channels",
+            model(with_json("codec/config.json", lambda values, _: {**values, "levels": 20})),
             "no memory holds it", "model"),
-    refused("calibration that is text", model(with_json("model_index.json", lambda values, _: {**values, "calibration": "none"})),
+    refused("calibration that is text",
+            model(with_json("model_index.json", lambda values, _: {**values, "calibration": "none"})),
             "no thresholds", "calibration"),
-    refused("a protocol that is unknown", model(with_json("model_index.json", lambda values, _: {**values, "protocol": "../x"})),
+    refused("a protocol that is unknown",
+            model(with_json("model_index.json", lambda values, _: {**values, "protocol": "../x"})),
             "no processor", "../x"),
-    handled("a file that is no part of it", model(lambda model, folder: (model / "notes.py").write_text("raise SystemExit")), "left alone",
+    handled("a file that is no part of it",
+            model(lambda model, folder: (model / "notes.py").write_text("raise SystemExit")), "left alone",
             lambda found: np.isfinite(found.scores).all()),
 ]
 
@@ -921,19 +1084,26 @@ def codec_config(**values):
 
 
 MODELS += [
-    refused("codec: a pickle that runs a command", codec(author_files(lambda folder: pickle.dumps({"x": Malicious(folder / "executed")}))),
+    refused("codec: a pickle that runs a command",
+            codec(author_files(lambda folder: pickle.dumps({"x": Malicious(folder / "executed")}))),
             "nothing in a file is run",
             "x_encoder.pth"),
-    refused("codec: a torn file", codec(author_files(half(torch_bytes({"x": torch.zeros(100)})))), "half of it is missing",
+    refused("codec: a torn file", codec(author_files(half(torch_bytes({"x": torch.zeros(100)})))),
+            "half of it is missing",
             "x_encoder.pth"),
-    refused("codec: another network's weights", codec(author_files(torch_bytes({"x": torch.zeros(100)}))), "another network",
+    refused("codec: another network's weights", codec(author_files(torch_bytes({"x": torch.zeros(100)}))),
+            "another network",
             "x_encoder.pth"),
-    refused("codec: a configuration of something else", codec(codec_config(_class_name="os.system")), "no codec", "config.json",
+    refused("codec: a configuration of something else", codec(codec_config(_class_name="os.system")), "no codec",
+            "config.json",
             "os.system"),
-    refused("codec: a configuration that is a list", codec(lambda codec, folder: place(codec, "config.json", b"[1]")), "no codec",
+    refused("codec: a configuration that is a list", codec(lambda codec, folder: place(codec, "config.json", b"[1]")),
+            "no codec",
             "config.json"),
-    refused("codec: a configuration without weights", codec(codec_config(_class_name="AutoencoderTiny")), "weights are missing", "codec"),
-    refused("codec: a name that leaves the folder of weights", overrides(overrides_of(codec="../../etc")), "no codec and no folder",
+    refused("codec: a configuration without weights", codec(codec_config(_class_name="AutoencoderTiny")),
+            "weights are missing", "codec"),
+    refused("codec: a name that leaves the folder of weights", overrides({"codec": {"kind": "../../etc"}}),
+            "no codec and no folder",
             "../../etc"),
 ]
 
@@ -942,12 +1112,15 @@ def broken_checkpoints(content):
     "Training that goes on from checkpoints that are broken."
     def use(kit, folder):
         run = folder / "run"
-        shutil.copytree(kit.run, run, ignore=shutil.ignore_patterns("model", "*.json", "*.csv", "*.html", "figures", "pixels", "examples"))
+        shutil.copytree(kit.run, run,
+                        ignore=shutil.ignore_patterns("model", "*.json", "*.csv", "*.html", "figures", "pixels",
+                                                      "examples"))
         shutil.copy(kit.run / "config.json", run)
         for path in (run / "checkpoints").iterdir():
             path.write_bytes(content(path.read_bytes(), folder))
         made = fit_use(kit.images, run)
-        return Use([*made.command, "--resume"], lambda: experiment.fit("deco", kit.images, run, device="cpu", overrides=TINY, resume=True),
+        return Use([*made.command, "--resume"],
+                   lambda: fit("deco", kit.images, run, device="cpu", overrides=TINY, resume=True),
                    (made.notebook[0], {**made.notebook[1], "resume": True}))
     return use
 
@@ -974,35 +1147,45 @@ def edited(name, change):
 
 
 RESULTS = [
-    refused("metrics.json is torn", evaluated_run(lambda run: (run / "metrics.json").write_text('{"method"')), "half of it is missing",
+    refused("metrics.json is torn", evaluated_run(lambda run: (run / "metrics.json").write_text('{"method"')),
+            "half of it is missing",
             "metrics.json", "not valid JSON"),
-    refused("metrics.json is empty", evaluated_run(written("metrics.json", b"")), "nothing in it", "metrics.json", "not valid JSON"),
+    refused("metrics.json is empty", evaluated_run(written("metrics.json", b"")), "nothing in it", "metrics.json",
+            "not valid JSON"),
     refused("metrics.json is a list", evaluated_run(written("metrics.json", b"[]")), "not ours", "metrics.json"),
     refused("metrics.json without its keys", evaluated_run(written("metrics.json", b"{}")), "not ours", "metrics.json"),
     refused("metrics.json with a word for a number",
             evaluated_run(edited("metrics.json", lambda metrics: {**metrics, "categories": {"brick": {
         **metrics["categories"]["brick"], "aupro": "high"}}})), "no number", "metrics.json"),
-    refused("metrics.json in Latin-1", evaluated_run(written("metrics.json", '{"ä": 1}'.encode("latin-1"))), "not JSON", "metrics.json",
+    refused("metrics.json in Latin-1", evaluated_run(written("metrics.json", '{"ä": 1}'.encode("latin-1"))), "not JSON",
+            "metrics.json",
             "not valid JSON"),
-    refused("100000 brackets as config.json", evaluated_run(written("config.json", b"[" * 100_000)), "nested deeper than anything needs",
+    refused("100000 brackets as config.json", evaluated_run(written("config.json", b"[" * 100_000)),
+            "nested deeper than anything needs",
             "config.json"),
-    refused("scores.csv is missing", evaluated_run(lambda run: (run / "scores.csv").unlink()), "no intervals without scores", "scores.csv"),
+    refused("scores.csv is missing", evaluated_run(lambda run: (run / "scores.csv").unlink()),
+            "no intervals without scores", "scores.csv"),
     refused("scores.csv is binary", evaluated_run(written("scores.csv", png())), "not ours", "scores.csv"),
-    refused("scores.csv without scores", evaluated_run(written("scores.csv", b"path,category,label\nx,brick,1\n")), "not ours",
+    refused("scores.csv without scores", evaluated_run(written("scores.csv", b"path,category,label\nx,brick,1\n")),
+            "not ours",
             "scores.csv"),
-    refused("pixels of another format", evaluated_run(lambda run: [path.write_bytes(b"x") for path in (run / "pixels").iterdir()]),
+    refused("pixels of another format",
+            evaluated_run(lambda run: [path.write_bytes(b"x") for path in (run / "pixels").iterdir()]),
             "not ours", "brick.npz"),
     refused("pixels as a pickle that runs a command",
             evaluated_run(lambda run: [path.write_bytes(pickle.dumps(Malicious(run.parents[1] / "executed")))
-                                                                                 for path in (run / "pixels").iterdir()]),
-                                                                                 "nothing in a file is run", "brick.npz"),
-    refused("config.json is torn", evaluation(written("config.json", b'{"method": ')), "half of it is missing", "config.json",
+                                       for path in (run / "pixels").iterdir()]),
+            "nothing in a file is run", "brick.npz"),
+    refused("config.json is torn", evaluation(written("config.json", b'{"method": ')), "half of it is missing",
+            "config.json",
             "not valid JSON"),
     refused("config.json without its keys", evaluation(written("config.json", b"{}")), "not ours", "config.json"),
     refused("config.json of a dataset that is gone",
-            evaluation(edited("config.json", lambda config: {**config, "dataset": {**config["dataset"], "root": "/no/such"}})),
+            evaluation(edited("config.json",
+                              lambda config: {**config, "dataset": {**config["dataset"], "root": "/no/such"}})),
             "nothing to evaluate on", "/no/such", "no such folder"),
-    refused("log.jsonl is torn", evaluation(written("log.jsonl", b'{"step": 1, "loss"')), "half of it is missing", "log.jsonl"),
+    refused("log.jsonl is torn", evaluation(written("log.jsonl", b'{"step": 1, "loss"')), "half of it is missing",
+            "log.jsonl"),
     refused("log.jsonl is empty", evaluation(written("log.jsonl", b"")), "training says nothing", "log.jsonl"),
 ]
 
@@ -1057,42 +1240,57 @@ def long_name():
 
 
 ARCHIVES = [
-    *(refused(f"tar: {name}", archive(tar(info)), "outside of the target, or through a link to it", repr(info.name), words) for name, info,
+    *(refused(f"tar: {name}", archive(tar(info)), "outside of the target, or through a link to it", repr(info.name),
+              words) for name, info,
       words in [
-        ("absolute path", member("/tmp/evil"), "absolute"), ("parent path", member("pictures/../../evil"), "leave the target"),
+        ("absolute path", member("/tmp/evil"), "absolute"),
+        ("parent path", member("pictures/../../evil"), "leave the target"),
         ("symbolic link", member("evil", tarfile.SYMTYPE, "/"), "symbolic link"),
         ("hard link", member("evil", tarfile.LNKTYPE, "../x"), "hard link"),
         ("device", member("evil", tarfile.CHRTYPE), "device"), ("pipe", member("evil", tarfile.FIFOTYPE), "device"),
         ("drive letter", member("C:evil"), "absolute"), ("backslashes", member("..\\evil"), "absolute")]),
-    *(refused(f"zip: {name}", archive(zipped(extra)), "outside of the target, or through a link to it", repr(extra[0]), words) for name,
+    *(refused(f"zip: {name}", archive(zipped(extra)), "outside of the target, or through a link to it", repr(extra[0]),
+              words) for name,
       extra, words in [
-        ("absolute path", ("/tmp/evil", b"x", 0), "absolute"), ("parent path", ("../evil", b"x", 0), "leave the target"),
+        ("absolute path", ("/tmp/evil", b"x", 0), "absolute"),
+        ("parent path", ("../evil", b"x", 0), "leave the target"),
         ("symbolic link", ("evil", b"/etc", stat.S_IFLNK), "symbolic link")]),
     refused("zip: encrypted", archive(encrypted()), "nobody is asked for a password", "encrypted"),
-    refused("zip: 50 MB of zeros", archive(zipped(("zeros", bytes(50_000_000), 0))), "above the size that the dataset has", "10 MB"),
-    refused("tar: 1 TB declared", archive(half(tar()) [:1024] + member("big", size=2**40).tobuf(tarfile.GNU_FORMAT) + bytes(1024)),
+    refused("zip: 50 MB of zeros", archive(zipped(("zeros", bytes(50_000_000), 0))),
+            "above the size that the dataset has", "10 MB"),
+    refused("tar: 1 TB declared",
+            archive(half(tar()) [:1024] + member("big", size=2**40).tobuf(tarfile.GNU_FORMAT) + bytes(1024)),
             "above the size that the dataset has",
             "10 MB"),
-    refused("tar.gz: 50 MB of zeros", archive(tar(member("zeros", size=50_000_000), mode="w:gz")), "above the size that the dataset has",
+    refused("tar.gz: 50 MB of zeros", archive(tar(member("zeros", size=50_000_000), mode="w:gz")),
+            "above the size that the dataset has",
             "10 MB"),
-    refused("tar.gz: a name of 64 MB", archive(long_name()), "no name is that long, and it is not read", "neither a tar nor a zip"),
-    refused("tar: 1000 members", archive(tar(*(member(f"{number}.png") for number in range(1000)))), "more than the dataset has",
+    refused("tar.gz: a name of 64 MB", archive(long_name()), "no name is that long, and it is not read",
+            "neither a tar nor a zip"),
+    refused("tar: 1000 members", archive(tar(*(member(f"{number}.png") for number in range(1000)))),
+            "more than the dataset has",
             "100 files"),
-    refused("zip: 1000 members", archive(zipped(*((f"{number}.png", b"x", 0) for number in range(1000)))), "more than the dataset has",
+    refused("zip: 1000 members", archive(zipped(*((f"{number}.png", b"x", 0) for number in range(1000)))),
+            "more than the dataset has",
             "100 files"),
-    refused("tar: a name twice", archive(tar(member("twice"), member("twice"))), "one of them would be lost", "'twice'", "twice"),
-    refused("zip: a name twice", archive(zipped(("twice", b"x", 0), ("./twice", b"y", 0))), "one of them would be lost", "twice"),
-    refused("tar: a file where a folder is", archive(tar(member("pictures"))), "one of them would be lost", "'pictures'"),
+    refused("tar: a name twice", archive(tar(member("twice"), member("twice"))), "one of them would be lost", "'twice'",
+            "twice"),
+    refused("zip: a name twice", archive(zipped(("twice", b"x", 0), ("./twice", b"y", 0))), "one of them would be lost",
+            "twice"),
+    refused("tar: a file where a folder is", archive(tar(member("pictures"))), "one of them would be lost",
+            "'pictures'"),
     refused("tar: a file below a file", archive(tar(member("a"), member("a/b"))), "one of them would be lost", "'a/b'"),
     refused("tar.gz: truncated", archive(half(tar(mode="w:gz"))), "half of it is missing", "toy.tar"),
     refused("tar.xz: damaged", archive(flipped(lzma.compress(tar()), 40)), "what is in it is unknown", "toy.tar"),
     refused("neither tar nor zip", archive(b"x" * 1000), "a web page, perhaps", "neither a tar nor a zip"),
     refused("empty", archive(b""), "nothing in it", "toy.tar"),
-    handled("folders given twice", archive(tar(member("more", tarfile.DIRTYPE), member("more", tarfile.DIRTYPE))), "a folder is a folder",
+    handled("folders given twice", archive(tar(member("more", tarfile.DIRTYPE), member("more", tarfile.DIRTYPE))),
+            "a folder is a folder",
             lambda folder: (folder / PICTURE).is_file()),
 ]
 
-CORPUS = {"Pictures": IMAGES, "Masks": MASKS, "Sounds": SOUNDS, "Tables": TABLES, "Matrices": MATRICES, "Overrides": JSON,
+CORPUS = {"Pictures": IMAGES, "Masks": MASKS, "Sounds": SOUNDS, "Tables": TABLES, "Matrices": MATRICES,
+          "Overrides": OVERRIDES,
           "Parameters": PARAMETERS,
           "Official checkpoints": CHECKPOINTS, "Models, codecs, checkpoints": MODELS, "Results of runs": RESULTS,
           "Archives of datasets": ARCHIVES}
@@ -1105,15 +1303,15 @@ def corpus_table():
         return re.sub(r"([\\|*_`])", r"\\\1", " ".join(text.split())).replace("<", "&lt;")
 
     parts = ["# Bad and odd inputs", "",
-             "What happens to input that is broken, odd or hostile. *Refused*: one line that names the file or parameter, exit code 2, "
-             "nothing written and "
-             "nothing changed; in python an `InputError`. *Handled*: used as the table says. Every row is made and tried by "
-             "`tests/test_bad_inputs.py` on the "
-             "command line, in python and, where a notebook takes such a thing, in the notebooks of experiments; "
-             "`tests/bad_inputs.py` is the source of this page.",
-             "", "What a CSV of ours holds is text as it is: a file that is called `=1+1` stands in `scores.csv` under that name, "
-                 "as pandas writes it and reads it back. "
-             "Open a table of names that you do not trust in a spreadsheet by its import dialogue, with the columns as text.", ""]
+             "What happens to input that is broken, odd or hostile. *Refused*: one line that names the file or "
+             "parameter, exit code 2, nothing written and nothing changed; in Python an `InputError`. *Handled*: used "
+             "as the table says.", "",
+             "`tests/test_bad_inputs.py` makes and tries every row on the command line, in Python and, where a "
+             "notebook takes such a thing, in the notebooks of experiments. `tests/bad_inputs.py` is the source of this page.",
+             "",
+             "Our CSV files hold text as it is: a file with the name `=1+1` has that name in `scores.csv`, as pandas "
+             "writes it and reads it back. Open a table of names that you do not trust in a spreadsheet by its import "
+             "dialogue, with the columns as text.", ""]
     for section, entries in CORPUS.items():
         parts += [f"## {section}", "", "| input | outcome | why |", "|---|---|---|"]
         parts += [f"| {cell(entry.name)} | {entry.outcome} | {cell(entry.why)} |" for entry in entries] + [""]

@@ -1,4 +1,5 @@
-"""The corpus of tests/bad_inputs.py, every entry on the command line, in python and in the notebooks: handled or refused, nothing else."""
+"""The corpus of tests/bad_inputs.py, every entry on the command line, in python and in the notebooks: handled or
+refused, nothing else."""
 import contextlib
 import faulthandler
 import functools
@@ -20,19 +21,17 @@ from bad_inputs import CORPUS, ENTRIES, ODD_NAMES, TINY, TINY_SOUNDS, TOY, Kit, 
 from bs4 import BeautifulSoup
 from click.testing import CliRunner
 
-from adiff import AnomalyDetector, experiment, site
-from adiff.runs.command_line import main
-from adiff.core import InputError, write_json
+from adiff import AnomalyDetector, InputError, detect, evaluate, fit
+from adiff.core import write_json
 from adiff.data.demo_images import make_demo_data
 from adiff.data.demo_sounds import make_demo_sounds
-from adiff.runs.detect import detect_files
+from adiff.lab import site
 from adiff.lab.engines import SbatchEngine
-from adiff.runs.evaluate import evaluate
-from adiff.runs.fit import fit
-from adiff.runs.report import write_report
 from adiff.lab.tables import write_tables
+from adiff.runs.command_line import main
+from adiff.runs.report import write_report
 
-SECONDS = 240  # after which an input counts as one that hangs, also on a busy machine: what waits is printed, and the process ends
+SECONDS = 240  # after which an input counts as one that hangs, on a busy machine as well: the process ends
 MEGABYTES = 700  # that an input may add to what was in memory before
 
 
@@ -43,7 +42,7 @@ def kit(tmp_path_factory, one_thread):
     sounds = make_demo_sounds(folder / "sounds", train=4, good=2, per_fault=1)
     fit("deco", images, folder / "run", device="cpu", overrides=TINY)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment, "draw_figures", lambda *_: None)
+        patch.setattr("adiff.runs.evaluate.draw_figures", lambda *_: None)
         evaluate(folder / "run", device="cpu")
     fit("adiff", sounds, folder / "sound_run", device="cpu", overrides=TINY_SOUNDS)
     return Kit(images, sounds, folder / "run", folder / "sound_run")
@@ -51,9 +50,10 @@ def kit(tmp_path_factory, one_thread):
 
 @pytest.fixture(autouse=True)
 def quick(request, kit, monkeypatch):
-    "What would take longer than all that is tested here: figures are drawn in one test only, and the good models are loaded once."
+    """What would take longer than all that is tested here: figures are drawn in one test only, and the good models
+    are loaded once."""
     if "Sounds-sounds" not in request.node.name:
-        monkeypatch.setattr(experiment, "draw_figures", lambda *_: None)
+        monkeypatch.setattr("adiff.runs.evaluate.draw_figures", lambda *_: None)
     load, good = AnomalyDetector.from_pretrained, (kit.run / "model", kit.sound_run / "model")
     monkeypatch.setattr(AnomalyDetector, "from_pretrained",
                         lambda folder: loaded(load, Path(folder)) if Path(folder) in good else load(folder))
@@ -74,7 +74,8 @@ def no_hang_and_no_bomb():
 
 
 def contents(*folders):
-    "Every file below the folders: what it is, where it is on the disk, and when it was written. A file that is replaced is another one."
+    """Every file below the folders: what it is, where it is on the disk, and when it was written. A file that is
+    replaced is another one."""
     found = {path: path.lstat() for folder in folders for path in folder.rglob("*")}
     return {path: (state.st_mode, state.st_ino, state.st_size, state.st_mtime_ns) for path,
             state in found.items() if not stat.S_ISDIR(state.st_mode)}
@@ -101,7 +102,8 @@ def without_privileges(*folders):
 
 @pytest.fixture
 def used(kit, tmp_path):
-    "A context that makes the entry `name` and yields (entry, use); if it is to be refused, nothing may have changed afterwards."
+    """A context that makes the entry `name` and yields (entry, use); if it is to be refused, nothing may have
+    changed afterwards."""
     @contextlib.contextmanager
     def used(name):
         entry = ENTRIES[name]
@@ -166,7 +168,8 @@ def run_notebook(repository, name, parameters):
     return namespace
 
 
-TAKEN = ("Pictures", "Masks", "Sounds", "Tables", "Overrides", "Parameters", "Models, codecs, checkpoints", "Results of runs")
+TAKEN = ("Pictures", "Masks", "Sounds", "Tables", "Overrides", "Parameters", "Models, codecs, checkpoints",
+         "Results of runs")
 TOGETHER = {"Pictures": "photos", "Sounds": "sounds"}  # what is handled is handled in one run
 
 
@@ -195,16 +198,18 @@ def test_notebook_with_all_that_is_handled(kit, repository, tmp_path, section, f
         shutil.move(path, tmp_path / "all/thing/train/good" / f"{path.parent.name}{path.name}")
     shutil.copytree(tmp_path / "all/thing/train/good", tmp_path / "all/thing/test/odd")
     notebook, parameters = use.notebook
-    found = run_notebook(repository, notebook, {**parameters, "data_root": str(tmp_path / "all"), "out_dir": str(tmp_path / "run")})
+    found = run_notebook(repository, notebook,
+                         {**parameters, "data_root": str(tmp_path / "all"), "out_dir": str(tmp_path / "run")})
     assert found["metrics"]["mean"]["n_test"] >= len(handled)
 
 
-@pytest.mark.parametrize("name", ["Pictures: truncated PNG", "Overrides: unknown key"])
+@pytest.mark.parametrize("name", ["Pictures: truncated PNG", "Overrides: unknown setting"])
 def test_papermill_says_the_same(used, repository, tmp_path, name):
     with used(name) as (entry, use):
         notebook, parameters = use.notebook
         with pytest.raises(papermill.PapermillExecutionError) as error:
-            papermill.execute_notebook(repository / f"nbs/experiments/{notebook}.ipynb", None, parameters, progress_bar=False)
+            papermill.execute_notebook(repository / f"nbs/experiments/{notebook}.ipynb", None, parameters,
+                                       progress_bar=False)
         assert error.value.ename == "InputError"
         said(entry, error.value.evalue)
 
@@ -214,7 +219,8 @@ def test_papermill_says_the_same(used, repository, tmp_path, name):
                                   "Models, codecs, checkpoints: a pipeline with code in the folder"])
 def test_real_process(used, name):
     with used(name) as (entry, use):
-        result = subprocess.run([Path(sys.executable).with_name("adiff"), *map(str, use.command)], capture_output=True, text=True,
+        result = subprocess.run([Path(sys.executable).with_name("adiff"), *map(str, use.command)], capture_output=True,
+                                text=True,
                                 timeout=SECONDS)
         lines = [line for line in result.stderr.splitlines() if line.startswith("adiff: ")]
         assert result.returncode == 2 and len(lines) == 1 and "Traceback" not in result.stderr, result.stderr
@@ -230,18 +236,20 @@ def test_odd_names_come_back_from_tables(kit, tmp_path):
     for name in ODD_NAMES.values():
         (tmp_path / "photos").mkdir(exist_ok=True)
         (tmp_path / "photos" / name).write_bytes(png())
-    detect_files(kit.run / "model", [tmp_path / "photos"], tmp_path / "out", device="cpu")
+    detect(kit.run / "model", [tmp_path / "photos"], tmp_path / "out", device="cpu")
     table = pd.read_csv(tmp_path / "out/scores.csv")
     assert set(table.path) == {str(tmp_path / "photos" / name) for name in ODD_NAMES.values()}
     assert all((tmp_path / "out" / overlay).is_file() for overlay in table.overlay)
 
 
 def check_page(path):
-    "Raises if the page holds anything that names could have brought in: a script that is not ours, a handler, a picture from elsewhere."
+    """Raises if the page holds anything that names could have brought in: a script that is not ours, a handler, a
+    picture from elsewhere."""
     soup = BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
     assert all(str(script.string) == site._script for script in soup.find_all("script"))
     assert not [tag for tag in soup.find_all(True) if any(name.startswith("on") for name in tag.attrs)]
-    assert not soup.find_all(["iframe", "object", "embed", "base"]) and all("/" in tag["src"] for tag in soup.find_all("img"))
+    assert not soup.find_all(["iframe", "object", "embed",
+                              "base"]) and all("/" in tag["src"] for tag in soup.find_all("img"))
     assert "alert(1)" in soup.get_text()
 
 
@@ -258,7 +266,8 @@ def test_names_are_text_in_every_page(kit, tmp_path):
     write_json(out / "matrix.json", {"matrix": HTML, "description": HTML, "command": HTML, "runs": [
         {"label": HTML, "folder": "runs/x", "identity": "x", "group": HTML, "axes": {HTML: HTML}}]})
     write_json(run / "run.json",
-               {"label": HTML, "group": HTML, "axes": {HTML: HTML}, "matrix": HTML, "identity": "x", "parameters": {HTML: HTML}})
+               {"label": HTML, "group": HTML, "axes": {HTML: HTML}, "matrix": HTML, "identity": "x",
+                "parameters": {HTML: HTML}})
     write_json(run / "done.json", {"identity": "x", "seconds": 1.0, "finished": ""})
     pages = [path for path in write_tables([out], out / "tables") if path.suffix == ".html"]
     site.write_site(out)
@@ -279,11 +288,13 @@ def test_no_name_reaches_a_shell(tmp_path, monkeypatch):
     evil = "it's $(touch executed) `touch executed`; touch executed & \"x\" #"
     engine = SbatchEngine(tmp_path / evil, device=evil, comment=evil, partition="a b'c")
     engine.submit([tmp_path / evil / "runs" / evil])
-    said = f"adiff: {tmp_path / evil / 'runs' / evil}: no run.json here, so there is nothing to run; adiff reproduce writes it\n"
+    said = (f"adiff: {tmp_path / evil / 'runs' / evil}: no run.json here, so there is nothing to run; "
+            "adiff reproduce writes it\n")
     assert (tmp_path / "task.txt").read_text() == said
     assert not list(tmp_path.rglob("executed"))
 
 
 def test_the_page_is_the_corpus(repository):
-    assert (repository / "nbs/bad_inputs.md").read_text(encoding="utf-8") == corpus_table(), "python tests/bad_inputs.py writes it anew"
+    page = (repository / "nbs/bad_inputs.md").read_text(encoding="utf-8")
+    assert page == corpus_table(), "python tests/bad_inputs.py writes it anew"
     assert len(ENTRIES) == sum(map(len, CORPUS.values())), "a name is there twice"

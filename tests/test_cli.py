@@ -1,4 +1,5 @@
-"""The command line as a user meets it: real processes, real files, every kind of bad input in one line with exit code 2."""
+"""The command line as a user meets it: real processes, real files, every kind of bad input in one line with exit code
+2."""
 import json
 import os
 import pickle
@@ -22,11 +23,13 @@ from adiff.runs.command_line import _methods, _presets, main
 from adiff.data.demo_images import make_demo_data
 from adiff.methods.registry import METHODS
 
-TINY = {"image_size": 32, "wavelet_levels": 2, "length": 12, "batch_size": 4, "checkpoint_every": 4, "augmentations": []}
+TINY = {"codec.levels": 2, "data.image_size": 32, "training.length": 12, "training.batch_size": 4,
+        "training.checkpoint_every": 4, "training.augmentations": []}
 
 
 def adiff(*arguments, **options):
-    return subprocess.run([Path(sys.executable).with_name("adiff"), *map(str, arguments)], capture_output=True, text=True, **options)
+    return subprocess.run([Path(sys.executable).with_name("adiff"), *map(str, arguments)], capture_output=True,
+                          text=True, **options)
 
 
 def adiff_here(*arguments):
@@ -36,8 +39,16 @@ def adiff_here(*arguments):
     return subprocess.CompletedProcess(arguments, result.exit_code, result.stdout, result.stderr)
 
 
-def fit_arguments(data, out, **overrides):
-    return ["fit", "deco", data, "--out", out, "--categories", "brick", "--device", "cpu", "--overrides", json.dumps({**TINY, **overrides})]
+def fit_arguments(data, out, **changes):
+    "A short training, with the settings `changes` (path: value); those that are ... are left to the preset."
+    settings = {path: value for path, value in {**TINY, **changes}.items() if value is not ...}
+    return ["fit", "deco", data, "--out", out, "--categories", "brick", "--device", "cpu", *options(settings)]
+
+
+def options(settings):
+    "-o PATH=VALUE for each of the `settings`; texts are typed as they are, other values as JSON."
+    typed = [f"{path}={value if isinstance(value, str) else json.dumps(value)}" for path, value in settings.items()]
+    return [word for assignment in typed for word in ("-o", assignment)]
 
 
 def refused(result, *words):
@@ -70,25 +81,30 @@ def run(data, tmp_path_factory):
 
 def test_a_run_folder_holds_what_is_promised(run):
     names = {path.relative_to(run).as_posix() for path in run.rglob("*")}
-    assert {"config.json", "metrics.json", "scores.csv", "discrepancies.csv", "log.jsonl", "report.html", "model/model_index.json",
+    assert {"config.json", "metrics.json", "scores.csv", "discrepancies.csv", "log.jsonl", "report.html",
+            "model/model_index.json",
             "checkpoints/step_00000012.pt", "figures/cases_brick.png", "maps/brick/test/hole/000.tiff"} <= names
     assert len(list((run / "checkpoints").iterdir())) == 2  # the last two are kept
     metrics = json.loads((run / "metrics.json").read_text())
-    keys = {"image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro", "n_train", "n_test",
+    keys = {"image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro", "n_train",
+            "n_test",
             "image_pauc"}
     assert set(metrics["mean"]) == set(metrics["categories"]["brick"]) == keys
-    assert {"method", "dataset", "preset", "seed", "train_seconds", "seconds_per_image", "peak_memory_mb", "parameters"} <= set(metrics)
+    assert {"method", "dataset", "preset", "seed", "train_seconds", "seconds_per_image", "peak_memory_mb",
+            "parameters"} <= set(metrics)
     assert any("protocol official" in note for note in metrics["notes"])
     assert list(pd.read_csv(run / "scores.csv")) == ["path", "category", "label", "defect", "score"]
     config = json.loads((run / "config.json").read_text())
-    assert config["parameters"]["length"] == 12 and config["dataset"]["fingerprint"] and config["versions"]["torch"]
+    assert config["parameters"]["training"]["length"] == 12
+    assert config["dataset"]["fingerprint"] and config["versions"]["torch"]
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == list(range(1, 13)) and {"loss", "lr", "seconds"} <= set(log[0])
 
 
 def test_the_same_seed_gives_the_same_run(data, run, tmp_path):
     assert adiff(*fit_arguments(data, tmp_path / "again")).returncode == 0
-    first, again = (load_file(folder / "model/network/diffusion_pytorch_model.safetensors") for folder in (run, tmp_path / "again"))
+    first, again = (load_file(folder / "model/network/diffusion_pytorch_model.safetensors")
+                    for folder in (run, tmp_path / "again"))
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
@@ -129,18 +145,22 @@ def test_detect_on_a_folder_of_any_images(run, data, tmp_path):
 
 
 def test_quiet_and_json(data, run, tmp_path):
-    result = adiff("detect", run / "model", data / "brick/test/hole", "--out", tmp_path / "out", "--device", "cpu", "--json", "--quiet")
+    result = adiff("detect", run / "model", data / "brick/test/hole", "--out", tmp_path / "out", "--device", "cpu",
+                   "--json", "--quiet")
     assert result.returncode == 0 and result.stderr == ""
     (found,) = json.loads(result.stdout)
     assert found["path"].endswith("000.png") and found["score"] > 0 and found["anomalous"] in (True, False)
     loud = adiff_here("table", run, "--json")
     assert {row["metric"] for row in json.loads(loud.stdout)} >= {"image_auroc", "pixel_ap"}
-    assert json.loads(adiff_here("evaluate", run, "--device", "cpu", "--json").stdout) == json.loads((run / "metrics.json").read_text())
+    assert json.loads(adiff_here("evaluate", run, "--device", "cpu",
+                                 "--json").stdout) == json.loads((run / "metrics.json").read_text())
     refused(adiff_here("evaluate", tmp_path / "nowhere", "--json", "--quiet"), "nowhere")
 
 
 def test_shells_complete_names(data):
-    assert set(_methods) == {*METHODS} and set(_presets) == {name for method in METHODS.values() for name in method.presets}
+    assert set(_methods) == {*METHODS}
+    assert set(_presets) == {name for method in METHODS.values() for name in method.presets}
+
     def completed(words, position):
         return adiff(env={**os.environ, "_ADIFF_COMPLETE": "bash_complete", "COMP_WORDS": words,
                           "COMP_CWORD": str(position)}).stdout.split()
@@ -152,7 +172,7 @@ def test_shells_complete_names(data):
 
 def test_a_plain_folder_is_enough(data, tmp_path):
     shutil.copytree(data / "brick/train/good", tmp_path / "photos")
-    arguments = ["fit", "deco", tmp_path / "photos", "--out", tmp_path / "run", "--device", "cpu", "--overrides", json.dumps(TINY)]
+    arguments = ["fit", "deco", tmp_path / "photos", "--out", tmp_path / "run", "--device", "cpu", *options(TINY)]
     assert adiff(*arguments).returncode == 0
     detector = AnomalyDetector.from_pretrained(tmp_path / "run" / "model")
     assert detector.config.protocol == "full_frame" and detector.config.categories == ["photos"]
@@ -189,15 +209,24 @@ def bad_inputs(data, run, folder):
         "empty folder": (fit_arguments(empty, out), ["empty"]),
         "missing folder": (fit_arguments(folder / "nowhere", out), ["nowhere"]),
         "unknown category": (["fit", "deco", data, "--out", out, "--categories", "botle"], ["botle", "brick"]),
-        "unknown override": (fit_arguments(data, out, codek="taef2"), ["codek", "codec"]),
-        "override of a wrong type": (fit_arguments(data, out, length="long"), ["length"]),
-        "override of a wrong range": (fit_arguments(data, out, learning_rate=-1), ["learning_rate"]),
-        "overrides that are not JSON": (["fit", "deco", data, "--out", out, "--overrides", "{codec"], ["overrides"]),
+        "unknown section": (fit_arguments(data, out, **{"codek.kind": "taef2"}), ["codek", "codec"]),
+        "unknown setting": (fit_arguments(data, out, **{"correction.steps": 1}),
+                            ["unknown override 'correction.steps'", "correction.num_inference_steps"]),
+        "setting without its section": (fit_arguments(data, out, num_inference_steps=1),
+                                        ["did you mean correction.num_inference_steps?"]),
+        "setting of a wrong type": (fit_arguments(data, out, **{"training.length": "long"}), ["training.length"]),
+        "setting of a wrong range": (fit_arguments(data, out, **{"training.learning_rate": -1}),
+                                     ["training.learning_rate"]),
+        "setting without a value": ([*fit_arguments(data, out), "-o", "training.warmup"],
+                                    ["-o training.warmup", "=VALUE"]),
+        "setting given twice": ([*fit_arguments(data, out), "-o", "training.length=3"], ["training.length", "twice"]),
         "unknown preset": (["fit", "deco", data, "--out", out, "--preset", "huge"], ["huge", "cpu"]),
         "unknown method": (["fit", "dceo", data, "--out", out], ["dceo", "deco"]),
-        "unknown device": (fit_arguments(data, out)[:-4] + ["--device", "tpu"], ["tpu"]),
-        "image size that does not fit": (fit_arguments(data, out, image_size=36), ["image_size"]),
-        "missing codec folder": (fit_arguments(data, out, codec=str(folder / "no_codec")), ["no_codec"]),
+        "unknown device": ([*fit_arguments(data, out), "--device", "tpu"], ["tpu"]),
+        "image size that does not fit": (fit_arguments(data, out, **{"data.image_size": 36}), ["image_size"]),
+        "missing codec folder": (fit_arguments(data, out,
+                                               **{"codec.kind": str(folder / "no_codec"), "codec.levels": ...}),
+                                 ["no_codec"]),
         "unwritable output": (fit_arguments(data, folder / "file" / "run"), ["file"]),
         "run that exists": (fit_arguments(data, run), ["resume"]),
         "malicious checkpoint": (["convert-official", folder / "evil.pt", out, "--network-only"], ["evil.pt"]),

@@ -1,4 +1,5 @@
-"""A method, a codec and a dataset from outside: the packages in CONTRIBUTING.md, installed in a temporary folder, used by real commands."""
+"""Packages from outside: a method, a forward process, a codec, a correction and a dataset, as CONTRIBUTING.md has them,
+used by real commands."""
 import json
 import os
 import re
@@ -14,7 +15,9 @@ import pytest
 
 from adiff.data.demo_images import make_demo_data
 
-TINY = {"codec": "opponent", "image_size": 32, "length": 4, "batch_size": 4, "augmentations": []}
+TINY = ["codec.kind=opponent", "correction.kind=selective", "data.image_size=32", "training.length=4",
+        "training.batch_size=4",
+        "training.augmentations=[]"]
 
 
 def install(site, package, modules, entry_points):
@@ -26,15 +29,18 @@ def install(site, package, modules, entry_points):
     metadata.mkdir()
     (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 0.1\n")
     (metadata / "entry_points.txt").write_text("".join(
-        f"[{group}]\n" + "".join(f"{name} = {value}\n" for name, value in points.items()) for group, points in entry_points.items()))
+        f"[{group}]\n" + "".join(f"{name} = {value}\n" for name, value in points.items()) for group,
+        points in entry_points.items()))
 
 
 def examples(repository):
     "The packages in CONTRIBUTING.md: (file name, its text, the parsed pyproject.toml)."
-    blocks = re.findall(r"^```(python|toml)\n# (\S+)\n(.*?)^```", (repository / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.M | re.S)
-    assert [kind for kind, *_ in blocks] == ["python", "toml"] * 3 and {name for kind, name,
-                                                                        _ in blocks if kind == "toml"} == {"pyproject.toml"}
-    return [(name, text, tomllib.loads(settings)) for (_, name, text), (_, _, settings) in zip(blocks[::2], blocks[1::2])]
+    blocks = re.findall(r"^```(python|toml)\n# (\S+)\n(.*?)^```",
+                        (repository / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.M | re.S)
+    assert [kind for kind, *_ in blocks] == ["python", "toml"] * 4
+    assert {name for kind, name, _ in blocks if kind == "toml"} == {"pyproject.toml"}
+    return [(name, text, tomllib.loads(settings))
+            for (_, name, text), (_, _, settings) in zip(blocks[::2], blocks[1::2])]
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +48,8 @@ def site(repository, tmp_path_factory):
     site = tmp_path_factory.mktemp("site")
     for name, text, settings in examples(repository):
         project = settings["project"]
-        assert settings["tool"]["setuptools"]["py-modules"] == [Path(name).stem] and project["dependencies"] == ["adiff"]
+        assert settings["tool"]["setuptools"]["py-modules"] == [Path(name).stem]
+        assert project["dependencies"] == ["adiff"]
         install(site, project["name"], {name: text}, project["entry-points"])
     return site
 
@@ -52,7 +59,8 @@ def child(repository, site):
     "Runs a command, adiff's or python's, in a process that sees the packages (and others in the folders `more`)."
     def run(program, *arguments, more=(), **options):
         paths = os.pathsep.join(map(str, [*more, site, repository]))
-        return subprocess.run([Path(sys.executable).with_name(program), *map(str, arguments)], capture_output=True, text=True,
+        return subprocess.run([Path(sys.executable).with_name(program), *map(str, arguments)], capture_output=True,
+                              text=True,
                               env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, **options)
     return run
 
@@ -65,7 +73,8 @@ def succeeded(result):
 @pytest.fixture(scope="session")
 def line(tmp_path_factory):
     "The demo data as an inspection line: one folder of pictures and a table."
-    demo, line = make_demo_data(tmp_path_factory.mktemp("demo") / "demo", train=8, good=2, per_defect=1), tmp_path_factory.mktemp("line")
+    demo, line = make_demo_data(tmp_path_factory.mktemp("demo") / "demo", train=8, good=2,
+                                per_defect=1), tmp_path_factory.mktemp("line")
     rows = []
     for path in sorted(demo.glob("*/*/*/*.png")):
         part, use, verdict = path.relative_to(demo).parts[:3]
@@ -79,11 +88,11 @@ def line(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def run(child, line, tmp_path_factory):
-    "A run folder, made, evaluated and used for detection by commands that know all three by name."
+    "A run folder, made, evaluated and used for detection by commands that know all of them by name."
     run = tmp_path_factory.mktemp("runs") / "run"
-    overrides = json.dumps(TINY)
-    succeeded(child("adiff", "fit", "deco-mirrored", line, "--out", run, "--categories", "brick", "--device", "cpu", "--overrides",
-                    overrides))
+    options = [word for assignment in TINY for word in ("-o", assignment)]
+    succeeded(child("adiff", "fit", "deco-mirrored", line, "--out", run, "--categories", "brick", "--device", "cpu",
+                    *options))
     succeeded(child("adiff", "evaluate", run, "--device", "cpu"))
     pictures = sorted(line.glob("brick_test_hole*"))
     succeeded(child("adiff", "detect", run / "model", *pictures, "--out", run / "detections", "--device", "cpu"))
@@ -99,10 +108,16 @@ def test_method(run):
     assert index(run)["forward_process"] == ["mirrored", "MirroredPatches"]
 
 
+def test_correction(run):
+    assert index(run)["correction"] == ["selective", "SelectiveCorrection"]
+    settings = json.loads((run / "model/correction/scheduler_config.json").read_text())
+    assert settings["share"] == 0.25 and settings["num_inference_steps"] == 1  # its own default, and the preset's
+
+
 def test_codec(run):
     assert index(run)["codec"] == ["opponent", "OpponentCodec"]
     record = json.loads((run / "config.json").read_text())
-    assert record["parameters"]["codec"] == "opponent" and record["versions"]["adiff-opponent"] == "0.1"
+    assert record["parameters"]["codec"]["kind"] == "opponent" and record["versions"]["adiff-opponent"] == "0.1"
     assert json.loads((run / "model/codec/config.json").read_text())["levels"] == 2
 
 
@@ -112,7 +127,8 @@ def test_dataset(run, line):
     tested = table[(table.part == "brick") & (table.use == "test")]
     assert list(metrics["categories"]) == ["brick"] and metrics["categories"]["brick"]["n_test"] == len(tested)
     assert {"layout read by the installed reader inspection", "verdicts of one inspector"} <= set(metrics["notes"])
-    assert any("held-out normals" in note for note in metrics["notes"]) and any("have no mask" in note for note in metrics["notes"])
+    for words in ("held-out normals", "have no mask"):
+        assert any(words in note for note in metrics["notes"])
     assert sorted(pd.read_csv(run / "scores.csv").path) == sorted(tested.picture)
 
 
@@ -130,7 +146,8 @@ torch = sys.modules.get("torch")
 dataset = read_dataset(line, "cup, brick")
 assert dataset.categories == ["brick", "cup"] and read_dataset(line, ["cup"]).categories == ["cup"]
 detector = AnomalyDetector.from_pretrained(run + "/model")
-assert type(detector.codec) is type(load_codec("opponent")) and type(detector.forward_process).__name__ == "MirroredPatches"
+assert type(detector.codec) is type(load_codec("opponent"))
+assert type(detector.forward_process).__name__ == "MirroredPatches"
 
 import torch
 images = torch.rand(2, 3, 32, 32) * 2 - 1
@@ -152,8 +169,10 @@ def test_from_python_in_a_fresh_process(child, site, run, line, tmp_path):
     install(tmp_path, "mirrored-more", {"mirrored_secret.py": "raise SystemExit('imported')"}, {"adiff.codecs": {}})
     stranger = tmp_path / "stranger"
     stranger.mkdir()
-    (stranger / "model_index.json").write_text(json.dumps({**index(run), "forward_process": ["mirrored_secret", "MirroredPatches"]}))
-    printed = json.loads(succeeded(child("python", "-c", PYTHON, run / "model" / "..", line, stranger, more=[tmp_path])).stdout)
+    (stranger / "model_index.json").write_text(json.dumps({**index(run),
+                                                           "forward_process": ["mirrored_secret", "MirroredPatches"]}))
+    printed = json.loads(succeeded(child("python", "-c", PYTHON, run / "model" / "..", line, stranger,
+                                         more=[tmp_path])).stdout)
     assert "opponent" in printed["said"]["codec"].partition("known:")[2] and "wavelet" in printed["said"]["codec"]
     assert "brick, cup" in printed["said"]["category"]
     assert "'mirrored_secret', which is not imported" in printed["said"]["model"] and not printed["hidden"]
@@ -180,15 +199,16 @@ def test_bad_packages_are_named_in_one_line(child, line, tmp_path):
 
     code = """
 from adiff import InputError, fit, load_codec
-from adiff.methods.deco_diff import build_deco_diff
+from adiff.methods.deco_diff import DECO_DIFF_PRESETS
 from adiff.methods.registry import METHODS
-assert METHODS["deco"].build is build_deco_diff
+assert METHODS["deco"].presets is DECO_DIFF_PRESETS
 for act in [lambda: METHODS["rude"], lambda: METHODS["plain"], lambda: METHODS["gone"], lambda: load_codec("opponent")]:
     try: act()
     except InputError as error: print(error)
 """
     told = succeeded(child("python", "-c", code, more=[rude]))
-    assert told.stderr.strip() == "method 'deco' of the installed package rude is not used: adiff ships one of that name"
+    wanted = "method 'deco' of the installed package rude is not used: adiff ships one of that name"
+    assert told.stderr.strip() == wanted
     broken, wrong, absent, twice = told.stdout.splitlines()
     assert "installed package rude" in broken and "OSError: no luck" in broken and "uninstall" in broken
     assert "installed package rude" in wrong and "plain:made is no Method" in wrong
@@ -198,10 +218,11 @@ for act in [lambda: METHODS["rude"], lambda: METHODS["plain"], lambda: METHODS["
 
 def test_a_matrix_notices_the_code_of_what_it_uses(repository, child, site, line, tmp_path):
     groups = {name: {"notebook": str(repository / "nbs/experiments/method.ipynb"), "parameters": {
-                  "method": method, "data_root": str(line), "categories": "brick", "overrides": {"length": 1}}}
+                  "method": method, "data_root": str(line), "categories": "brick",
+                  "overrides": {"training": {"length": 1}}}}
               for name, method in (("theirs", "deco-mirrored"), ("ours", "deco"))}
     (tmp_path / "own.yaml").write_text(json.dumps({"groups": groups}))  # JSON is YAML
-    (tmp_path / "mirrored.py").write_text((site / "mirrored.py").read_text())  # found before the other, which stays as it is
+    (tmp_path / "mirrored.py").write_text((site / "mirrored.py").read_text())  # found before the other
     code = """
 import json, sys
 from adiff.lab.matrix import plan
@@ -210,6 +231,7 @@ before = {run.group: run.identity for run in plan(matrix)}
 with open(module, "a") as file: file.write("CHANGED = True")
 print(json.dumps([before, {run.group: run.identity for run in plan(matrix)}]))
 """
-    printed = succeeded(child("python", "-c", code, tmp_path / "own.yaml", tmp_path / "mirrored.py", more=[tmp_path])).stdout
+    printed = succeeded(child("python", "-c", code, tmp_path / "own.yaml", tmp_path / "mirrored.py",
+                              more=[tmp_path])).stdout
     before, after = json.loads(printed)
     assert before["theirs"] != after["theirs"] and before["ours"] == after["ours"]
