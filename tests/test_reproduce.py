@@ -60,7 +60,7 @@ def test_command_line(squares, tmp_path):
     assert before.returncode == 0 and "4 new" in before.stdout and "about" in before.stdout and not out.exists()
     first = adiff("reproduce", squares, "--out", out, "--jobs", 2)
     assert first.returncode == 1 and "3: AssertionError: no threes" in first.stdout
-    assert "4 runs, 3 done; 1 not" in first.stdout
+    assert "4 runs, 3 done; 1 failed" in first.stdout
     assert contents(out) == {"1": "1", "2": "4", "4": "16"}
     times = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/*.json")}
     again = adiff("reproduce", squares, "--out", out)

@@ -192,8 +192,7 @@ _templates = {
     "index": """
 {% if command %}<pre>{{ command }}</pre>{% endif %}
 <p>{{ runs|length }} run{{ "s" if runs|length != 1 }}: {% for state, count in counts.items() %}
-<span class="state {{ state|replace(" ", "-") }}">{{ count }} {{ state }}</span>{{ "; " if loop.last else ", " }}{%
-endfor %}
+<span class="state {{ state|replace(" ", "-") }}">{{ count }} {{ state }}</span>{{ "; " if loop.last else ", " }}{% endfor %}
 {{ duration }} of computing.</p>""",
     "tables": """
 <p class="notes">A number leads to the run behind it.{% if data %} All of them as data:
@@ -201,22 +200,25 @@ endfor %}
 {% for table in tables %}<section class="table">{{ table }}</section>{% endfor %}""",
     "figures": """
 {% if page %}<p class="notes"><a href="{{ page }}">The notebook that drew them.</a></p>{% endif %}
-{% for figure in figures %}<figure><a href="{{ figure.picture }}"><img src="{{ figure.picture }}" alt="{{ figure.name
-}}"></a> <figcaption>{{ figure.caption }}{% if figure.vector %} <a href="{{ figure.vector }}">SVG</a>{% endif
-%}</figcaption></figure>
+{% for figure in figures %}<figure><a href="{{ figure.picture }}"><img src="{{ figure.picture }}" alt="{{ figure.name }}"></a>
+<figcaption>{{ figure.caption }}{% if figure.vector %} <a href="{{ figure.vector }}">SVG</a>{% endif %}</figcaption></figure>
 {% endfor %}""",
     "runs": """
-<div class="filter"><input id="words" type="search" placeholder="filter: words" aria-label="words that a run must
-contain"> <select id="state" aria-label="state"><option value="">all states</option> {% for state in counts
-%}<option>{{ state }}</option>{% endfor %}</select> <span class="notes">shown: <span id="count">{{ runs|length }} of
-{{ runs|length }}</span>; metrics in percent, mean over categories</span></div> <div class="wide"><table
-class="runs"><thead><tr> {% for heading in headings %}<th scope="col"><button>{{ heading }}</button></th>{% endfor
-%}</tr></thead><tbody> {% for run in runs %}<tr data-state="{{ run.state }}"> <td class="run">{% if run.link %}<a
-href="{{ run.link }}">{{ run.label }}</a>{% else %}{{ run.label }}{% endif %} {%- if run.error %}<small>{{
-run.error|truncate(110) }}</small>{% endif %}</td> <td><span class="state {{ run.state|replace(" ", "-") }}">{{
-run.state }}</span></td> {% for value in run["values"] %}<td>{{ value }}</td>{% endfor %} {% for value in run.numbers
-%}<td data-value="{{ value if value is not none }}"> {{- "%.1f"|format(100 * value) if value is not none }}</td>{%
-endfor %} <td data-value="{{ run.seconds if run.seconds is not none }}">{{ run.duration }}</td></tr>
+<div class="filter"><input id="words" type="search" placeholder="filter: words" aria-label="words that a run must contain">
+<select id="state" aria-label="state"><option value="">all states</option>
+{% for state in counts %}<option>{{ state }}</option>{% endfor %}</select>
+<span class="notes">shown: <span id="count">{{ runs|length }} of {{ runs|length }}</span>; metrics in percent, mean over
+categories</span></div>
+<div class="wide"><table class="runs"><thead><tr>
+{% for heading in headings %}<th scope="col"><button>{{ heading }}</button></th>{% endfor %}</tr></thead><tbody>
+{% for run in runs %}<tr data-state="{{ run.state }}">
+<td class="run">{% if run.link %}<a href="{{ run.link }}">{{ run.label }}</a>{% else %}{{ run.label }}{% endif %}
+{%- if run.error %}<small>{{ run.error|truncate(110) }}</small>{% endif %}</td>
+<td><span class="state {{ run.state|replace(" ", "-") }}">{{ run.state }}</span></td>
+{% for value in run["values"] %}<td>{{ value }}</td>{% endfor %}
+{% for value in run.numbers %}<td data-value="{{ value if value is not none }}">
+{{- "%.1f"|format(100 * value) if value is not none }}</td>{% endfor %}
+<td data-value="{{ run.seconds if run.seconds is not none }}">{{ run.duration }}</td></tr>
 {% endfor %}</tbody></table></div><script src="_static/runs.js"></script>""",
     "run": """
 <p><a href="../index.html#runs">All runs</a></p>
@@ -239,7 +241,7 @@ _environment = jinja2.Environment(autoescape=True, trim_blocks=True, loader=jinj
 def _raw(template, **values):
     "HTML of a template, whose values are escaped, as a block of MyST."
     html = _environment.get_template(template).render(**values).replace("`", "&#96;")
-    return "\n".join(["```{raw} html", *(line for line in html.split("\n") if line.strip()), "```", ""])
+    return f"```{{raw}} html\n{html}\n```\n"
 
 # %% ../../nbs/lab/04_site.ipynb #e9f30e0e
 def _run_page(run, page):
