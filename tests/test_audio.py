@@ -9,8 +9,10 @@ import pytest
 import soundfile
 import torch
 
-from adiff.data import sounds
-from adiff.data.sounds import LogMel, find_sounds, load_torchaudio, read_sound, sound_seconds
+from adiff.data import sound_files
+from adiff.data.files import find_sounds
+from adiff.data.sound_files import load_torchaudio, read_sound, sound_seconds
+from adiff.data.sounds import LogMel
 from adiff.core import InputError
 
 RATE = 16000
@@ -49,10 +51,10 @@ def test_a_stub_takes_the_place_of_the_missing_cuda_extension_and_says_so_once()
             except OSError as error:
                 raise OSError(f"Could not load this library: {path}") from error
         torch.ops.load_library = missing
-        adiff.data.sounds.load_torchaudio().transforms.MelSpectrogram()
-        adiff.data.sounds.load_torchaudio()"""
+        adiff.data.sound_files.load_torchaudio().transforms.MelSpectrogram()
+        adiff.data.sound_files.load_torchaudio()"""
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert done.stdout == ("adiff.data.sounds: torch has no CUDA here: torchaudio is used without its compiled extension\n")
+    assert done.stdout == ("adiff.data.sound_files: torch has no CUDA here: torchaudio is used without its compiled extension\n")
 
 
 @pytest.mark.parametrize("error", [OSError("libsndfile.so: cannot open shared object file"), ImportError("no torchaudio")])
@@ -235,6 +237,6 @@ def test_real_clips(shared):
     fitted = processor.fitted(clips)
     for path in clips:
         waveform = processor.read(path)
-        assert abs(len(waveform) / RATE - sound_seconds(path)) < 1e-3 and not sounds._truncated(path)
+        assert abs(len(waveform) / RATE - sound_seconds(path)) < 1e-3 and not sound_files.truncated(path)
         tensor = fitted.tensor(waveform)
         assert tensor.shape == (1, 128, 128) and tensor.isfinite().all() and tensor.abs().max() < 5

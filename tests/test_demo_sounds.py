@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from adiff.data.sounds import find_sounds, read_sound
+from adiff.data.files import find_sounds
+from adiff.data.sound_files import read_sound
 from adiff.core import InputError
 from adiff.data.demo_sounds import make_demo_sounds, sound_faults
 
