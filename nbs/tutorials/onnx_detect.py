@@ -1,4 +1,4 @@
-"""An exported detector on one picture, without torch: python onnx_detect.py detector.onnx picture.png found.png [category]"""
+"""An exported detector on one picture, without torch: onnx_detect.py detector.onnx photo.png found.png [category]"""
 import json
 import sys
 
