@@ -7,12 +7,11 @@ __all__ = ['DECO_DIFF_PRESETS', 'DECO_DIFF_SOUNDS']
 
 # %% ../../nbs/methods/01_deco_diff.ipynb #00f2d18f
 _cpu = {
-    "codec": {"kind": "wavelet", "levels": 2, "latent_scale": "measured"},
+    "codec": {"kind": "wavelet", "latent_scale": "measured"},
     "forward": {"kind": "masked", "patch_size_per": "image"},
     "network": {"kind": "class-token-unet", "size": "nano", "dropout": 0.0},
     "correction": {"kind": "deviation", "num_inference_steps": 1, "starting_step": 4},
     "discrepancy": {"kind": "deviation", "levels": ["pixel", "latent", "feature"], "combination": "arithmetic"},
-    "data": {"image_size": None},
     "training": {"unit": "steps", "length": 500, "warmup": 20, "horizon": None, "learning_rate": 1e-3, "batch_size": 16,
                  "gradient_accumulation_steps": 1, "gradient_clip": 1.0, "validate_every": 50, "checkpoint_every": 100},
 }
@@ -36,13 +35,12 @@ DECO_DIFF_PRESETS = {
     "cpu-taef2": {**_cpu, "codec": {"kind": "taef2", "latent_scale": "measured"}},
     "gpu": _gpu,
     "paper": {
-        "codec": {"kind": "sd-vae-ft-ema", "latent_scale": "given"},
+        "codec": {"kind": "sd-vae-ft-ema"},
         "forward": {"kind": "masked"},
-        "network": {"kind": "class-token-unet", "size": "L"},
+        "network": {"kind": "class-token-unet"},
         "correction": {"kind": "deviation"},
         "discrepancy": {"kind": "deviation"},
         "data": {"image_size": 256},
-        "training": {},
     },
 }
 
