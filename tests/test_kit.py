@@ -62,7 +62,7 @@ def test_what_is_imported_is_declared(repository):
     core, lab = set(ini["requirements"].split()), set(ini["lab_requirements"].split())
     optional = set(" ".join(value for key, value in ini.items() if key.endswith("_requirements")).split()) - lab
     known = {*sys.stdlib_module_names, "adiff", "torchvision",
-             "jupyter_client"}  # the last two: only looked for, or of ipykernel
+             "jupyter_client", "IPython"}  # looked for; of ipykernel
     for name, path in imported_packages((repository / "adiff").rglob("*.py")):
         allowed = core | optional | (lab if path.parent.name == "lab" else set())
         assert name in known or PACKAGES.get(name, name) in allowed, f"{path.relative_to(repository)} imports {name}"

@@ -7,7 +7,7 @@ __all__ = ['COSTS', 'FIGURES', 'variant_styles', 'wrapped', 'file_name', 'save_w
            'qualitative_grid', 'sound_strips', 'ablation_bars', 'error_kind', 'cost_against_quality', 'gap_heatmap',
            'mean_curve', 'variant_curves', 'standardise', 'variant_histograms', 'LeftOut', 'Evidence', 'read_evidence',
            'example_files', 'sound_axes', 'draw_qualitative', 'draw_sounds', 'draw_ablation', 'draw_cost',
-           'category_means', 'draw_gaps', 'draw_published', 'draw_roc', 'draw_pro', 'draw_histograms', 'draw']
+           'category_means', 'draw_gaps', 'draw_published', 'draw_roc', 'draw_pro', 'draw_histograms', 'draw', 'show']
 
 # %% ../../nbs/lab/03_gallery.ipynb #a516e823
 import io
@@ -29,7 +29,7 @@ from ..core import InputError, atomic_path, read_json
 from ..figures import MAP_COLOURS, WIDTH, _rgb, _subplots, _thin, overlay, use_style
 from ..scores.metrics import area_up_to, metric_title
 from ..scores.pixel_counts import PixelCounts, counted_pro_curve
-from .tables import DATASET_SIZES, PAPERS
+from .tables import DATASET_SIZES, PAPERS, markdown_text
 
 # %% ../../nbs/lab/03_gallery.ipynb #67b4d421
 def variant_styles(variants):
@@ -720,3 +720,12 @@ def draw(name, evidences, folder):
         else:
             paths.append(save_with_caption(figure, folder, f"{name}_{evidence.dataset}", caption))
     return paths
+
+
+def show(evidences, folder, *names):
+    "Draws the figures `names` as `draw` does, and shows them in a notebook, each with its caption."
+    from IPython.display import Image as Shown
+    from IPython.display import Markdown, display
+
+    for path in (path for name in names for path in draw(name, evidences, folder)):
+        display(Shown(str(path)), Markdown(markdown_text(path.with_suffix(".txt").read_text(encoding="utf-8"))))
