@@ -13,7 +13,9 @@ import psutil
 import pytest
 import torch
 
-from adiff import AnomalyDetector, experiment
+import adiff.runs.evaluate
+import adiff.runs.fit
+from adiff import AnomalyDetector
 from adiff.codecs.load import load_codec
 from adiff.core import InputError, derive_seed, locked
 from adiff.data.reading import read_dataset
@@ -21,42 +23,47 @@ from adiff.data.demo_images import make_demo_data
 from adiff.diffusion.deviation_correction import DeviationCorrection
 from adiff.diffusion.masked import MaskedForwardProcess, official_patches
 from adiff.scores.deviation import DeviationDiscrepancy
-from adiff.training.processes import count_processes, fit_in_processes
 from adiff.runs.evaluate import evaluate
 from adiff.runs.fit import fit
 from adiff.diffusion.gaussian import GaussianForwardProcess
-from adiff.detector.configuration import TrainingConfig
-from adiff.training.checkpoints import load_checkpoint
-from adiff.training.train import train
 from adiff.networks.class_token_unet import ClassTokenUNet
+from adiff.training.checkpoints import load_checkpoint
+from adiff.training.processes import count_processes, run_in_processes
+from adiff.training.train import TrainingConfig, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-PLAIN = dict(unit="steps", length=3, warmup=0, horizon=None, learning_rate=0.1, gradient_accumulation_steps=1, validate_every=2)
+PLAIN = dict(unit="steps", length=3, warmup=0, horizon=None, learning_rate=0.1, gradient_accumulation_steps=1,
+             validate_every=2)
 CASES = {  # of 9 images
     "one update": dict(length=1, batch_size=9, learning_rate=1.0),  # the weights have moved by the gradient
     "uneven batches": dict(batch_size=5),  # 5 and 4 images
     "a process without images": dict(batch_size=8),  # 8 and 1
-    "accumulated, clipped, averaged": dict(batch_size=5, gradient_accumulation_steps=2, gradient_clip=0.5, ema_decay=0.9),
+    "accumulated, clipped, averaged": dict(batch_size=5, gradient_accumulation_steps=2, gradient_clip=0.5,
+                                           ema_decay=0.9),
     "weighted by timestep": dict(batch_size=5),
 }
-OVERRIDES = {"image_size": 32, "wavelet_levels": 2, "length": 20, "batch_size": 5, "checkpoint_every": 4, "learning_rate": 1e-3,
-             "dropout": 0.2}  # with dropout, resuming shows whether each process finds its seeds again
-NO_DROPOUT = {**OVERRIDES, "dropout": 0.0, "ema_decay": 0.9}
+OVERRIDES = {"codec": {"levels": 2}, "data": {"image_size": 32},
+             "network": {"dropout": 0.2},  # with dropout, resuming shows whether each process finds its seeds again
+             "training": {"length": 20, "batch_size": 5, "checkpoint_every": 4, "learning_rate": 1e-3}}
+NO_DROPOUT = {**OVERRIDES, "network": {"dropout": 0.0}, "training": {**OVERRIDES["training"], "ema_decay": 0.9}}
 
 
 def small_detector(dataset, process):
     torch.manual_seed(0)
     codec = load_codec("wavelet", levels=2)
-    network = ClassTokenUNet(in_channels=codec.latent_channels, num_classes=1, base_channels=32, num_heads=2, class_embedding_dim=64,
-                             channel_multipliers=(1, 2), dropout=0.0)
-    return AnomalyDetector(codec, process, network, DeviationCorrection(), DeviationDiscrepancy(), categories=dataset.categories,
-                           image_size=32)
+    network = ClassTokenUNet(in_channels=codec.latent_channels, num_classes=1, base_channels=32, num_heads=2,
+                             class_embedding_dim=64, channel_multipliers=(1, 2), dropout=0.0)
+    return AnomalyDetector(codec, process, network, DeviationCorrection(), DeviationDiscrepancy(),
+                           categories=dataset.categories, image_size=32)
 
 
 def train_cases(data):
-    """Every case with plain gradient descent, which makes a difference of weights a difference of gradients; AdamW would divide small
-    gradients by their own size. Returns per case the weights, the losses, all that was drawn, and the seed in force in each forward."""
+    """Every case with plain gradient descent, which makes a difference of weights a difference of gradients.
+
+    AdamW would divide small gradients by their own size. Returns per case the weights, the losses, all that was drawn,
+    and the seed in force in each forward.
+    """
     dataset, results = read_dataset(data, "cup"), {}
     assert len(dataset.select("train")) == 9
     sizes, probabilities = official_patches(8)
@@ -72,7 +79,8 @@ def train_cases(data):
                 lambda network, _: seeds.append(torch.initial_seed()) if network.training else None)
             log = train(detector, dataset, TrainingConfig(**{**PLAIN, **values}), device="cpu")
             results[name] = {"weights": detector.network.state_dict(), "losses": [line["loss"] for line in log],
-                             "drawn": [one.noisy for one in drawn], "seeds": seeds, "calibration": detector.config.calibration}
+                             "drawn": [one.noisy for one in drawn], "seeds": seeds,
+                             "calibration": detector.config.calibration}
     return results
 
 
@@ -95,7 +103,8 @@ def data(tmp_path_factory):
 def two(data, tmp_path_factory):
     "The folder that two processes have filled."
     folder = tmp_path_factory.mktemp("two")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, data, folder]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, data,
+               folder]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     return folder
@@ -110,7 +119,7 @@ def test_gradients_and_draws_of_two_processes_are_those_of_one(data, two):
             assert worst < 1e-6, (name, worst)
             assert rank[name]["losses"] == pytest.approx(one["losses"], abs=1e-6), name
             assert rank[name]["calibration"]["cup"] == pytest.approx(one["calibration"]["cup"], rel=1e-4)
-        assert one["seeds"] == [derive_seed(0, "batch", k) for k in range(len(one["seeds"]))]  # as before there were processes
+        assert one["seeds"] == [derive_seed(0, "batch", k) for k in range(len(one["seeds"]))]
         assert not set(ranks[0][name]["seeds"]) & set(ranks[1][name]["seeds"])  # dropout differs
 
 
@@ -119,7 +128,7 @@ def ranks():
     found = []
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
-            if child.cmdline()[1:4] == ["-u", "-m", "adiff.training.processes"]:
+            if child.cmdline()[1:4] == ["-u", "-m", "adiff.runs.fit"]:
                 found.append(child)
     return found
 
@@ -144,8 +153,10 @@ def soon(ready, act):
 
 def test_interrupted_and_killed_runs_go_on_and_leave_no_process_behind(data, two, tmp_path, capsys):
     run, seen = tmp_path / "run", []
-    overrides = {**OVERRIDES, "checkpoint_every": 1}  # so that there is time between the first update and the tenth
-    again = partial(fit, "deco", data, run, categories="cup", device="cpu", overrides=overrides, processes=2, resume=True)
+    overrides = {**OVERRIDES, "training": {**OVERRIDES["training"], "checkpoint_every": 1}}
+    # so that there is time between the first update and the tenth
+    again = partial(fit, "deco", data, run, categories="cup", device="cpu", overrides=overrides, processes=2,
+                    resume=True)
 
     def interrupt():
         seen.extend(ranks())
@@ -160,7 +171,8 @@ def test_interrupted_and_killed_runs_go_on_and_leave_no_process_behind(data, two
         seen.extend(ranks())
         seen[-1].kill()
 
-    with pytest.raises(RuntimeError, match=r"processes\.log: one of 2 .* died"), soon(lambda: len(ranks()) == 2, kill_one):
+    died = pytest.raises(RuntimeError, match=r"processes\.log: one of 2 .* died")
+    with died, soon(lambda: len(ranks()) == 2, kill_one):
         again()
     assert "SIGKILL" in (run / "processes.log").read_text() and "training" in capsys.readouterr().err
     assert len(seen) == 4 and not psutil.wait_procs(seen, timeout=10)[1] and not (run / "model").exists()
@@ -175,13 +187,15 @@ def test_interrupted_and_killed_runs_go_on_and_leave_no_process_behind(data, two
 def test_maps_of_two_processes_are_those_of_one(data, two, tmp_path):
     alone = fit("deco", data, tmp_path / "run", categories="cup", device="cpu", overrides=NO_DROPOUT)
     images = sorted((data / "cup/test").rglob("*.png"))
-    one, together = (detector(images).maps for detector in (alone, AnomalyDetector.from_pretrained(two / "plain/model")))
+    loaded = AnomalyDetector.from_pretrained(two / "plain/model")
+    one, together = (detector(images).maps for detector in (alone, loaded))
     assert abs(one - together).max() < 1e-4 * abs(one).max()
 
 
 def test_what_a_process_refuses_is_one_line_here(data, tmp_path, capsys):
     with pytest.raises(InputError, match="unknown method 'dceo'; known:"):
-        fit_in_processes(2, method="dceo", data_root=data, out_dir=tmp_path, device="cpu")
+        run_in_processes("adiff.runs.fit", 2, tmp_path, {"method": "dceo", "data_root": data, "out_dir": tmp_path,
+                                                         "device": "cpu"})
     assert "Traceback" not in capsys.readouterr().err
 
 
@@ -208,21 +222,24 @@ def test_misuse(data, tmp_path, monkeypatch):
 def test_processes_that_do_not_see_one_another_are_refused(data, tmp_path, monkeypatch):
     "accelerate, told that there are two processes but not which is this one, would train alone and say nothing."
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(experiment, "PartialState", lambda cpu: type("Alone", (), {"num_processes": 1}))
+    monkeypatch.setattr(adiff.runs.fit, "PartialState", lambda cpu: type("Alone", (), {"num_processes": 1}))
     with pytest.raises(InputError, match="each sees 1"):
         fit("deco", data, tmp_path / "run", device="cpu", overrides=OVERRIDES)
     assert not list((tmp_path / "run").iterdir())
 
 
-HOLD = "import sys, time; from adiff.core import locked\nwith locked(sys.argv[1]): print(flush=True); time.sleep(float(sys.argv[2]))"
+HOLD = """import sys, time; from adiff.core import locked
+with locked(sys.argv[1]): print(flush=True); time.sleep(float(sys.argv[2]))"""
 
 
 def test_a_run_folder_has_one_writer(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(experiment, "locked", partial(locked, patience=0.3))
+    for module in (adiff.runs.fit, adiff.runs.evaluate):
+        monkeypatch.setattr(module, "locked", partial(locked, patience=0.3))
     (tmp_path / "config.json").write_text("{}")
     holder = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path, "60"], stdout=subprocess.PIPE)
     holder.stdout.readline()
-    for write in (partial(fit, "deco", data, tmp_path, device="cpu", overrides=OVERRIDES), partial(evaluate, tmp_path, device="cpu")):
+    for write in (partial(fit, "deco", data, tmp_path, device="cpu", overrides=OVERRIDES),
+                  partial(evaluate, tmp_path, device="cpu")):
         with pytest.raises(InputError, match="another process is writing here"):
             write()
     holder.kill()  # the lock goes with its holder

@@ -1,4 +1,4 @@
-"""The experiment notebooks from end to end, as papermill runs them; training that is killed, and training on very many images."""
+"""The experiment notebooks, as papermill runs them; training that is killed, and training on very many images."""
 import json
 import os
 import shutil
@@ -15,7 +15,9 @@ import pandas as pd
 import pytest
 import torch
 
-from adiff import AnomalyDetector, experiment, training
+import adiff.runs.fit
+import adiff.training.train
+from adiff import AnomalyDetector
 from adiff.scores.reconstruction import ReconstructionErrorDiscrepancy
 from adiff.codecs.autoencoders import KLCodec
 from adiff.core import InputError
@@ -25,32 +27,38 @@ from adiff.data.demo_images import make_demo_data
 from adiff.data.demo_sounds import make_demo_sounds
 from adiff.runs.evaluate import evaluate
 from adiff.runs.fit import fit
+from adiff.training.held_out import normal_latents
 from adiff.training.latents import LatentCache, TrainingLatents
+from adiff.training.train import TrainingConfig
 
-OVERRIDES = {"image_size": 32, "wavelet_levels": 2, "length": 6, "batch_size": 4, "augmentations": []}
+OVERRIDES = {"codec": {"levels": 2}, "data": {"image_size": 32},
+             "training": {"length": 6, "batch_size": 4, "augmentations": []}}
 
 
 def execute(repository, folder, name="deco_image", **parameters):
     output = folder / "out.ipynb"
-    papermill.execute_notebook(repository / f"nbs/experiments/{name}.ipynb", output, parameters=parameters, progress_bar=False)
+    notebook = repository / f"nbs/experiments/{name}.ipynb"
+    papermill.execute_notebook(notebook, output, parameters=parameters, progress_bar=False)
     return json.loads(output.read_text())
 
 
 def pictures(notebook, kind="image/png"):
-    return [output for cell in notebook["cells"] for output in cell.get("outputs", []) if kind in output.get("data", {})]
+    outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
+    return [output for output in outputs if kind in output.get("data", {})]
 
 
 @pytest.mark.parametrize("name", ["deco_image", "adiff_image", "adiff_audio"])
 def test_parameters_are_the_documented_ones(repository, name):
     known = papermill.inspect_notebook(repository / f"nbs/experiments/{name}.ipynb")
-    assert set(known) == {"data_root", "categories", "preset", "out_dir", "seed", "device", "overrides", "resume", "processes"}
+    assert set(known) == {"data_root", "categories", "preset", "out_dir", "seed", "device", "overrides", "resume",
+                          "processes"}
     assert all(one["help"] for one in known.values())
 
 
 def test_notebook_end_to_end(repository, tmp_path):
     data = make_demo_data(tmp_path / "demo", categories=("brick", "cup"), train=6, good=2, per_defect=1)
-    notebook = execute(repository, tmp_path, data_root=str(data), categories="brick,cup", out_dir=str(tmp_path / "run"), device="cpu",
-                       overrides=json.dumps(OVERRIDES))
+    notebook = execute(repository, tmp_path, data_root=str(data), categories="brick,cup", out_dir=str(tmp_path / "run"),
+                       device="cpu", overrides=json.dumps(OVERRIDES))
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
     assert set(metrics["categories"]) == {"brick", "cup"} and metrics["mean"]["n_test"] == 16
     assert any("class label" in note for note in metrics["notes"])
@@ -58,28 +66,28 @@ def test_notebook_end_to_end(repository, tmp_path):
     assert len(pictures(notebook)) >= 6
 
 
-MOMENT = json.dumps({"length": 4, "batch_size": 4, "augmentations": []})
+MOMENT = json.dumps({"training": {"length": 4, "batch_size": 4, "augmentations": []}})
 
 
 def test_adiff_on_images(repository, tmp_path):
     data = make_demo_data(tmp_path / "demo", categories=("brick", "cup"), train=6, good=2, per_defect=1)
-    notebook = execute(repository, tmp_path, "adiff_image", data_root=str(data), out_dir=str(tmp_path / "runs"), device="cpu",
-                       overrides=MOMENT)
+    notebook = execute(repository, tmp_path, "adiff_image", data_root=str(data), out_dir=str(tmp_path / "runs"),
+                       device="cpu", overrides=MOMENT)
     assert set(json.loads((tmp_path / "runs/metrics.json").read_text())["categories"]) == {"brick", "cup"}
     assert (tmp_path / "runs/brick/report.html").exists() and len(pictures(notebook)) >= 6
 
 
 def test_adiff_on_sounds(repository, tmp_path):
     data = make_demo_sounds(tmp_path / "demo", train=6, good=2, per_fault=1)
-    notebook = execute(repository, tmp_path, "adiff_audio", data_root=str(data), out_dir=str(tmp_path / "run"), device="cpu",
-                       overrides=MOMENT)
+    notebook = execute(repository, tmp_path, "adiff_audio", data_root=str(data), out_dir=str(tmp_path / "run"),
+                       device="cpu", overrides=MOMENT)
     assert json.loads((tmp_path / "run/metrics.json").read_text())["kind"] == "sound"
     players = [output for output in pictures(notebook, "text/html") if "<audio" in "".join(output["data"]["text/html"])]
     assert len(players) == 3 and len(pictures(notebook)) >= 4
 
 
 @pytest.mark.parametrize("parameters, words", [({"data_rot": "x"}, ["data_rot", "data_root"]),
-                                               ({"overrides": '{"codek": "taef2"}'}, ["codek", "codec"])])
+                                               ({"overrides": '{"codek": {"kind": "taef2"}}'}, ["codek", "codec"])])
 def test_misspelt_parameters_are_refused(repository, tmp_path, parameters, words):
     data = make_demo_data(tmp_path / "demo", categories=("brick",), train=2, good=1, per_defect=1)
     with pytest.raises(papermill.PapermillExecutionError) as error:
@@ -99,8 +107,8 @@ def test_evaluation_refuses_changed_data(tmp_path):
 def test_mixed_precision_ends_with_training(tmp_path):
     "The detector that training returns answers like the one that is loaded from its folder: in full precision."
     data = make_demo_data(tmp_path / "demo", categories=("cup",), train=8, good=2, per_defect=1)
-    detector = fit("deco", data, tmp_path / "run", device="cpu",
-                   overrides={**OVERRIDES, "mixed_precision": "bf16", "ema_decay": 0.9, "gradient_accumulation_steps": 2})
+    training = {**OVERRIDES["training"], "mixed_precision": "bf16", "ema_decay": 0.9, "gradient_accumulation_steps": 2}
+    detector = fit("deco", data, tmp_path / "run", device="cpu", overrides={**OVERRIDES, "training": training})
     image = data / "cup/test/hole/000.png"
     reloaded = AnomalyDetector.from_pretrained(tmp_path / "run/model")
     assert abs(detector(image).maps - reloaded(image).maps).max() < 1e-5
@@ -113,7 +121,8 @@ def test_mixed_precision_ends_with_training(tmp_path):
 def read_files(monkeypatch):
     "Paths of the images that have been read, in order."
     read, load = [], ImageProcessor.load
-    monkeypatch.setattr(ImageProcessor, "load", lambda self, source, window=0: read.append(source) or load(self, source, window))
+    monkeypatch.setattr(ImageProcessor, "load",
+                        lambda self, source, window=0: read.append(source) or load(self, source, window))
     return read
 
 
@@ -128,7 +137,8 @@ def kl_detector(dataset):
     codec = KLCodec(dict(block_out_channels=[16, 16, 32, 32], norm_num_groups=4, layers_per_block=1,
                          down_block_types=["DownEncoderBlock2D"] * 4,
                          up_block_types=["UpDecoderBlock2D"] * 4)).eval()
-    return AnomalyDetector(codec, None, None, None, ReconstructionErrorDiscrepancy(), categories=dataset.categories, image_size=64)
+    return AnomalyDetector(codec, None, None, None, ReconstructionErrorDiscrepancy(), categories=dataset.categories,
+                           image_size=64)
 
 
 def test_a_latent_does_not_depend_on_its_neighbours_nor_on_the_cache(cup, tmp_path, read_files):
@@ -144,7 +154,8 @@ def test_a_latent_does_not_depend_on_its_neighbours_nor_on_the_cache(cup, tmp_pa
     folder = tmp_path / "kept"
     uncached = drawn(TrainingLatents(detector, dataset, rows, augmentations, cache=False), *batches)
     cached = drawn(latents := TrainingLatents(detector, dataset, rows, augmentations, folder=folder), *batches)
-    assert all(map(torch.equal, uncached, cached)) and latents.cache.shape == (2, 4, 8, 8) and latents.cache.there.shape == (4 * 9,)
+    assert all(map(torch.equal, uncached, cached))
+    assert latents.cache.shape == (2, 4, 8, 8) and latents.cache.there.shape == (4 * 9,)
 
     read_files.clear()
     again = TrainingLatents(detector, dataset, rows, augmentations, folder=folder)
@@ -206,7 +217,8 @@ def test_temporary_caches_go_with_their_owner_and_a_full_disk_is_told(cup, tmp_p
     assert 1 not in cache
 
 
-TRAIN = {"image_size": 32, "wavelet_levels": 2, "length": 12, "batch_size": 3, "checkpoint_every": 4, "learning_rate": 1e-3}
+TRAIN = {"codec": {"levels": 2}, "data": {"image_size": 32},
+         "training": {"length": 12, "batch_size": 3, "checkpoint_every": 4, "learning_rate": 1e-3}}
 KILLED = """import sys, torch; from adiff.runs.fit import fit; torch.set_num_threads(1)
 fit("deco", sys.argv[1], sys.argv[2], device="cpu", overrides=eval(sys.argv[3]))"""
 
@@ -219,7 +231,8 @@ def test_a_killed_training_ends_where_an_uninterrupted_one_does(cup, tmp_path):
         time.sleep(0.01)
     time.sleep(0.05)
     process.kill()
-    assert process.wait() == -signal.SIGKILL and (run / ".latents/train_0/latents").exists() and not (run / "model").exists()
+    assert process.wait() == -signal.SIGKILL
+    assert (run / ".latents/train_0/latents").exists() and not (run / "model").exists()
     shutil.copytree(run, tmp_path / "without", ignore=shutil.ignore_patterns(".latents", ".lock"))
 
     folders = [tmp_path / "uninterrupted", run, tmp_path / "without"]
@@ -233,8 +246,9 @@ def test_a_killed_training_ends_where_an_uninterrupted_one_does(cup, tmp_path):
 def test_a_hundred_thousand_images_are_not_read_at_start(cup, tmp_path, monkeypatch, read_files):
     dataset = read_dataset(cup)
     normals, held_out = dataset.select("train"), dataset.select("validation")
-    dataset = replace(dataset, samples=pd.concat([normals.iloc[np.arange(100_000) % len(normals)], held_out], ignore_index=True))
-    monkeypatch.setattr(experiment, "read_dataset", lambda *arguments: dataset)
+    many = normals.iloc[np.arange(100_000) % len(normals)]
+    dataset = replace(dataset, samples=pd.concat([many, held_out], ignore_index=True))
+    monkeypatch.setattr(adiff.runs.fit, "read_dataset", lambda *arguments: dataset)
     monkeypatch.setattr(type(dataset), "fingerprint", lambda self: "0")
     at_update, caches, run = [], [], tmp_path / "run"
 
@@ -243,10 +257,11 @@ def test_a_hundred_thousand_images_are_not_read_at_start(cup, tmp_path, monkeypa
         caches.append((run / ".latents/train_0/latents").stat())
         return losses(*arguments)
 
-    losses = training.denoising_losses
-    monkeypatch.setattr(training, "denoising_losses", watched)
-    fit("deco", cup, run, device="cpu", overrides={**OVERRIDES, "length": 3})
-    batch = OVERRIDES["batch_size"]
+    losses = adiff.training.train.denoising_losses
+    monkeypatch.setattr(adiff.training.train, "denoising_losses", watched)
+    training = {**OVERRIDES["training"], "length": 3}
+    fit("deco", cup, run, device="cpu", overrides={**OVERRIDES, "training": training})
+    batch = training["batch_size"]
     assert at_update[0] <= 1000 + 3 * batch + len(held_out) and len(read_files) <= 1000 + 3 * batch + 5 * len(held_out)
     apparent, used = caches[2].st_size, 512 * caches[2].st_blocks
     assert apparent > 100_000 * 4 * 48 * 8 * 8 and used < 2**20
@@ -255,6 +270,31 @@ def test_a_hundred_thousand_images_are_not_read_at_start(cup, tmp_path, monkeypa
 
 def test_a_discrepancy_that_learns_nothing_reads_nothing(cup, read_files):
     dataset = read_dataset(cup)
-    latents = training.normal_latents(kl_detector(dataset), dataset, dataset.select("train"))
+    latents = normal_latents(kl_detector(dataset), dataset, dataset.select("train"))
     ReconstructionErrorDiscrepancy().fit(latents)
     assert not read_files and len(torch.cat(list(latents))) == 9 == len(read_files)
+
+
+# ---- trackers
+
+@pytest.mark.usefixtures("one_thread")
+def test_curves_in_tensorboard(cup, tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    training = {**OVERRIDES["training"], "length": 12, "validate_every": 5, "log_with": "tensorboard"}
+    fit("deco", cup, tmp_path / "run", device="cpu", overrides={**OVERRIDES, "training": training})
+    log = pd.read_json(tmp_path / "run/log.jsonl", lines=True)
+    events = event_accumulator.EventAccumulator(str(tmp_path / "run/logs/adiff")).Reload()
+    for name in ("loss", "lr", "validation_loss"):
+        wanted = log[["step", name]].dropna()
+        seen = events.Scalars(name)
+        assert [one.step for one in seen] == wanted.step.tolist()
+        assert np.allclose([one.value for one in seen], wanted[name], rtol=1e-5)
+
+
+def test_a_tracker_that_is_not_installed_is_told_before_anything_is_written(cup, tmp_path, monkeypatch):
+    monkeypatch.setattr("adiff.training.logs.find_spec", lambda name: None if name == "wandb" else True)
+    training = {"length": 1, "log_with": ["tensorboard", "wandb"]}
+    with pytest.raises(InputError, match="wandb is not installed; pip install wandb") as error:
+        fit("deco", cup, tmp_path / "run", device="cpu", overrides={**OVERRIDES, "training": training})
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+    assert TrainingConfig(log_with="tensorboard").trackers == ["tensorboard"] and TrainingConfig().trackers == []

@@ -1,7 +1,7 @@
-"""What goes wrong in the middle: kills, signals, full and read-only disks, a clock that runs backwards, files that vanish, damaged bits.
+"""What goes wrong in the middle: kills, signals, full and read-only disks, files that vanish, damaged bits.
 
-Real processes and real signals. To save the seconds of their imports, they are forked from a server that has imported everything.
-`ADIFF_FAULTS=long` kills more often, and a matrix of several methods.
+Real processes and real signals. To save the seconds of their imports, they are forked from a server that has imported
+everything. `ADIFF_FAULTS=long` kills more often, and a matrix of several methods.
 """
 import contextlib
 import json
@@ -28,17 +28,20 @@ from adiff.lab.matrix import matrices_folder
 from adiff.training.checkpoints import CHECKPOINT_PARTS, load_checkpoint, save_checkpoint
 
 LONG = os.environ.get("ADIFF_FAULTS") == "long"
-SMALL = {"image_size": 32, "wavelet_levels": 2, "channel_multipliers": [1], "attention_levels": [], "wavelet_sampling": False,
-         "scales": [1],
-         "semantic_weight": 0.0, "num_seeds": 1, "num_inference_steps": 1, "length": 40, "batch_size": 4, "gradient_accumulation_steps": 1,
-         "checkpoint_every": 5, "validate_every": 15, "ema_decay": 0.9, "dropout": 0.1, "augmentations": ["translate"]}
+SMALL = {"codec": {"levels": 2},
+         "network": {"channel_multipliers": [1], "attention_levels": [], "wavelet_sampling": False, "dropout": 0.1},
+         "correction": {"num_seeds": 1, "num_inference_steps": 1},
+         "discrepancy": {"scales": [1], "semantic_weight": 0.0},
+         "data": {"image_size": 32},
+         "training": {"length": 40, "batch_size": 4, "gradient_accumulation_steps": 1, "checkpoint_every": 5,
+                      "validate_every": 15, "ema_decay": 0.9, "augmentations": ["translate"]}}
 TIMES = ("train_seconds", "seconds_per_image", "peak_memory_mb")
 
 
 # ---- processes
 
 def command_line(arguments, said, clock):
-    "What a child does: the command `adiff`, whose output goes to the file `said`, under a clock that may run backwards."
+    "What a child does: the command `adiff`, its output in the file `said`, under a clock that may run backwards."
     file = open(said, "wb", buffering=0)
     os.dup2(file.fileno(), 1)
     os.dup2(file.fileno(), 2)
@@ -55,7 +58,8 @@ def command_line(arguments, said, clock):
 def start(tmp_path_factory):
     "Starts `adiff ARGUMENTS` as a process; its attribute `said` is the file with its output."
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["adiff.runs.evaluate", "adiff.runs.command_line", "adiff.runs.report", "adiff.methods.adiff", "adiff.methods.official", "pytest", "seaborn"])
+    context.set_forkserver_preload(["adiff.runs.evaluate", "adiff.runs.command_line", "adiff.runs.report",
+                                    "adiff.methods.adiff", "adiff.methods.official", "pytest", "seaborn"])
     folder, started = tmp_path_factory.mktemp("said"), []
 
     def start(*arguments, clock=None):
@@ -90,10 +94,10 @@ def ended(child, code):
 
 
 def work(child, enough=float("inf")):
-    """Waits until `child` and its children have computed for `enough` seconds, then kills it with SIGKILL; or until it has ended.
+    """Waits until `child` and its children have computed for `enough` seconds, then kills it; or until it has ended.
 
-    Returns the seconds that were computed and whether it was killed. Seconds of the processor, not of the clock: they mean the same moment
-    on a busy machine.
+    Returns the seconds that were computed and whether it was killed. Seconds of the processor, not of the clock: they
+    mean the same moment on a busy machine.
     """
     spent = {}
     while child.is_alive() and sum(spent.values()) < enough:
@@ -123,13 +127,19 @@ def until(there, child=None, seconds=600):
 
 # ---- runs
 
-def fit_command(data, out, method="adiff", **overrides):
-    return ["fit", method, data, "--out", out, "--categories", "brick", "--device", "cpu", "--overrides",
-            json.dumps({**SMALL, **overrides})]
+def assignments(overrides):
+    "Nested overrides as options of the command line."
+    return [option for name, section in overrides.items() for option in ("-o", f"{name}={json.dumps(section)}")]
+
+
+def fit_command(data, out, method="adiff", **training):
+    return ["fit", method, data, "--out", out, "--categories", "brick", "--device", "cpu",
+            *assignments({**SMALL, "training": {**SMALL["training"], **training}})]
 
 
 def files_of(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+    files = (path for path in sorted(Path(folder).rglob("*")) if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def tensors(value, name=""):
@@ -141,7 +151,7 @@ def tensors(value, name=""):
 
 
 def results(run):
-    "Everything of a run that must be alike, bit by bit: model, last checkpoint, log, metrics and scores, without times and memory."
+    "Everything of a run that must be alike, bit by bit: all but times and memory."
     run = Path(run)
     checkpoint = tensors(load_checkpoint(run / "checkpoints"))
     found = {f"checkpoint{name}": value.numpy().tobytes() if isinstance(value, torch.Tensor) else value
@@ -160,21 +170,22 @@ def results(run):
 def same(run, reference):
     "Whether a run is bit-equal to `reference`, also what a run has that was not evaluated; says what differs."
     found = results(run)
-    different = [name for name in found if found[name] != reference[name]] + [name for name in reference if name not in found
-                                                                              and name not in ("metrics", "scores")]
+    different = [name for name in found if found[name] != reference[name]]
+    different += [name for name in reference if name not in found and name not in ("metrics", "scores")]
     print("different:", different[:5]) if different else None
     return not different
 
 
 def tidy(folder):
     "Whether a killed process has left nothing in `folder`."
-    return not [path
-                for path in Path(folder).rglob(".*") if ".tmp-" in path.name or path.name in (".evaluating", ".latents", ".lock", ".run")]
+    left = (".evaluating", ".latents", ".lock", ".run")
+    return not [path for path in Path(folder).rglob(".*") if ".tmp-" in path.name or path.name in left]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return make_demo_data(tmp_path_factory.mktemp("faults") / "images", categories=("brick",), train=10, good=3, per_defect=1)
+    folder = tmp_path_factory.mktemp("faults") / "images"
+    return make_demo_data(folder, categories=("brick",), train=10, good=3, per_defect=1)
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +207,8 @@ def test_killed_at_random_moments(data, whole, start, tmp_path, record_property)
         out, resume = tmp_path / str(ends), []
         for attempt in range(6):
             child = start(*fit_command(data, out), "--each", *resume)
-            _, killed = work(child, generator.uniform(0, 1) * whole[1] if kills < wanted and attempt < 5 else float("inf"))
+            enough = generator.uniform(0, 1) * whole[1] if kills < wanted and attempt < 5 else float("inf")
+            _, killed = work(child, enough)
             if not killed:
                 ended(child, 0)  # so the kills before it were survived
                 break
@@ -208,9 +220,9 @@ def test_killed_at_random_moments(data, whole, start, tmp_path, record_property)
 
 
 def write_matrix(folder, methods):
-    small = {key: value for key,
-             value in SMALL.items() if key in ("image_size", "wavelet_levels", "batch_size", "checkpoint_every", "length")}
-    overrides = {method: json.dumps(SMALL if method == "adiff" else {**small, "length": 8}) for method in methods}
+    training = {"batch_size": 4, "checkpoint_every": 5, "length": 8}
+    small = {"codec": SMALL["codec"], "data": SMALL["data"], "training": training}
+    overrides = {method: json.dumps(SMALL if method == "adiff" else small) for method in methods}
     made = "{make: demo_images, options: {categories: [brick], train: 10, good: 3, per_defect: 1}}"
     groups = "".join(f"  {method}:\n    notebook: {matrices_folder().parent / 'method.ipynb'}\n    parameters: "
                      f"{{data_root: images, method: {method}, overrides: {overrides[method]}}}\n" for method in methods)
@@ -219,10 +231,11 @@ def write_matrix(folder, methods):
 
 
 def test_a_matrix_is_stopped_and_killed(whole, start, finish, tmp_path, record_property):
-    "SIGTERM in the middle of a training, SIGKILL at random moments, and the same command again: every run ends as alone."
-    methods, generator, kills, wanted = (["adiff", "deco"] if LONG else ["adiff"]), random.Random(1), 0, 10 if LONG else 1
+    "SIGTERM in a training, SIGKILL at random moments, and the same command again: every run ends as alone."
+    methods, kills, wanted = ["adiff", "deco"] if LONG else ["adiff"], 0, 10 if LONG else 1
+    generator = random.Random(1)
     out, alone = tmp_path / "out", {"adiff": whole[2]}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # so many at once have a thread each
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # a thread each
     command = ["reproduce", write_matrix(tmp_path, methods), "--out", out, "--device", "cpu", "--jobs", cores]
     child = start(*command)
     until(lambda: list(out.glob("runs/adiff*/checkpoints/step_*.pt")), child)
@@ -240,8 +253,8 @@ def test_a_matrix_is_stopped_and_killed(whole, start, finish, tmp_path, record_p
     finish(*command)
     for method in set(methods) - set(alone):
         overrides = json.loads(next(out.glob(f"runs/{method}*/config.json")).read_text())["overrides"]
-        finish("fit", method, out / "data/images", "--out", tmp_path / method, "--device", "cpu", "--each", "--overrides",
-               json.dumps(overrides))
+        finish("fit", method, out / "data/images", "--out", tmp_path / method, "--device", "cpu", "--each",
+               *assignments(overrides))
         alone[method] = results(tmp_path / method)
     equal = sum(same(next(out.glob(f"runs/{method}*")), alone[method]) for method in methods)
     record_property("matrix", {"kills survived": kills, "runs": len(methods), "bit-equal": equal})
@@ -313,14 +326,18 @@ def test_a_second_ctrl_c_does_not_wait():
 
 # ---- damaged checkpoints
 
+def flipped(content, at, bit):
+    return content[:at] + bytes([content[at] ^ 1 << bit]) + content[at + 1:]
+
+
 DAMAGES = {
     "emptied": lambda content: b"",
     "cut": lambda content: content[:len(content) // 2],
     "cut by a byte": lambda content: content[:-1],
     "longer": lambda content: content + b"\0",
     "foreign": lambda content: b"not a checkpoint at all" * 100,
-    **{f"bit {place}": lambda content, place=place: (lambda at: content[:at] + bytes([content[at] ^ 1 << place % 8]) + content[at + 1:])(
-        random.Random(place).randrange(len(content))) for place in range(200)},
+    **{f"bit {seed}": lambda content, seed=seed: flipped(content, random.Random(seed).randrange(len(content)), seed % 8)
+       for seed in range(200)},
 }
 
 
@@ -359,7 +376,8 @@ def test_a_run_goes_on_from_the_checkpoint_before(data, whole, start, finish, tm
     assert f"{newest}: damaged" in said and "trying the checkpoint before it" in said and same(out, whole[2])
     for path in (tmp_path / "hopeless").glob("checkpoints/step_*.pt"):
         path.write_bytes(b"")
-    assert "all 2 checkpoints are damaged" in line(finish(*fit_command(data, tmp_path / "hopeless"), "--resume", code=2))
+    said = line(finish(*fit_command(data, tmp_path / "hopeless"), "--resume", code=2))
+    assert "all 2 checkpoints are damaged" in said
 
 
 def test_an_older_run_goes_on_though_keys_have_come_since(whole, tmp_path):
@@ -376,16 +394,18 @@ def test_an_older_run_goes_on_though_keys_have_come_since(whole, tmp_path):
 # ---- a training that diverges
 
 def test_a_diverging_training_keeps_its_last_good_checkpoint(data, finish, tmp_path):
-    wild = fit_command(data, tmp_path / "run", learning_rate=1e30, warmup=3, unit="steps", checkpoint_every=2, gradient_clip=None)
+    options = {"warmup": 3, "unit": "steps", "checkpoint_every": 2, "gradient_clip": None}
+    wild = fit_command(data, tmp_path / "run", learning_rate=1e30, **options)
     said = line(finish(*wild, code=2))
     advice = "try a lower learning_rate or gradient_clip 1.0, in another out_dir (the last checkpoint is kept here)"
     assert "at step" in said and advice in said
     checkpoints = sorted((tmp_path / "run/checkpoints").glob("*"))
     assert checkpoints and not (tmp_path / "run/model").exists()
     for path in checkpoints:
-        numbers = [one for one in tensors(torch.load(path, weights_only=True)).values() if isinstance(one, torch.Tensor)]
+        values = tensors(torch.load(path, weights_only=True)).values()
+        numbers = [one for one in values if isinstance(one, torch.Tensor)]
         assert all(one.isfinite().all() for one in numbers)
-    tamer = fit_command(data, tmp_path / "run", learning_rate=1e-3, warmup=3, unit="steps", checkpoint_every=2, gradient_clip=None)
+    tamer = fit_command(data, tmp_path / "run", learning_rate=1e-3, **options)
     assert "another overrides, parameters; choose another out_dir" in line(finish(*tamer, "--resume", code=2))
 
 
@@ -404,7 +424,8 @@ def test_a_training_file(data, whole, start, finish, tmp_path, fault):
     if fault == "changed":
         shutil.copy(copy / "brick/train/good/004.png", victim)
     said = line(ended(child, 2))
-    assert "1 of 10 files are missing or have changed since the start, the first brick/train/good/003.png" in said and "--resume" in said
+    assert "1 of 10 files are missing or have changed since the start, the first brick/train/good/003.png" in said
+    assert "--resume" in said
     assert not (out / "model").exists() and list(out.glob("checkpoints/step_*.pt"))
     victim.unlink(missing_ok=True)
     kept.rename(victim)
@@ -454,7 +475,7 @@ def mounted(folder, size):
 
 
 def test_full_disk(data, whole, finish, tmp_path):
-    "The disk is full at the first checkpoint, at a later one, or for the model: one line each time, and it goes on with more room."
+    "The disk is full at the first checkpoint, at a later one, or for the model; with more room it goes on."
     size = max(path.stat().st_size for path in whole[0].glob("checkpoints/*"))
     with mounted(tmp_path / "disk", "1g") as remount:
         out, resume = tmp_path / "disk/run", []
@@ -481,14 +502,15 @@ def test_read_only_output(data, whole, finish, tmp_path):
         shutil.copytree(whole[0], tmp_path / "disk/run")
         remount("ro")
         before = files_of(tmp_path / "disk")
-        for command in (fit_command(data, tmp_path / "disk/new"), [*fit_command(data, tmp_path / "disk/run"), "--resume"],
+        for command in (fit_command(data, tmp_path / "disk/new"),
+                        [*fit_command(data, tmp_path / "disk/run"), "--resume"],
                         ["evaluate", tmp_path / "disk/run"], ["reproduce", "demo", "--out", tmp_path / "disk/out"]):
             assert "cannot write here" in line(finish(*command, code=2))
         assert files_of(tmp_path / "disk") == before
 
 
 def test_two_processes_on_one_run(data, whole, start, finish, tmp_path):
-    "While one trains or evaluates, here held still by SIGSTOP, others are refused; then it goes on as if nothing had been."
+    "While one trains or evaluates, here held still by SIGSTOP, others are refused; then it goes on."
     out = tmp_path / "run"
     for first, there in (([*fit_command(data, out), "--each"], "checkpoints/step_*.pt"),
                          (["evaluate", out, "--device", "cpu"], ".evaluating")):
@@ -511,6 +533,6 @@ def test_deterministic_settings(data, whole, finish, tmp_path):
     "On a CPU they change nothing; that they can be used is what is tried here."
     said = finish(*fit_command(data, tmp_path / "run", deterministic=True), "--each")
     config = json.loads((tmp_path / "run/config.json").read_text())
-    assert config["machine"]["deterministic"] and config["parameters"]["deterministic"], said
+    assert config["machine"]["deterministic"] and config["parameters"]["training"]["deterministic"], said
     weights = "network/diffusion_pytorch_model.safetensors"
     assert (tmp_path / "run/model" / weights).read_bytes() == whole[2][f"model/{weights}"]

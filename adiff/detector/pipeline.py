@@ -188,7 +188,7 @@ def higher(one: Detected, other: Detected) -> Detected:
     "The one with the higher score, the first if they are equal; the seconds are added."
     return (other if other.score > one.score else one)._replace(seconds=one.seconds + other.seconds)
 
-# %% ../../nbs/detector/02_pipeline.ipynb #b450d1c5
+# %% ../../nbs/detector/02_pipeline.ipynb #a3451b61
 Batches = Iterable[tuple[Sequence[tuple[int, float]], torch.Tensor]]  # n times (row, start), and inputs (n, ...)
 
 
@@ -209,10 +209,10 @@ class _Streaming(_Detection):
                 began = time.perf_counter()
                 maps, images = self.detect_batch(inputs, labels[[row for row, _ in windows]])
                 maps = {name: one.float().cpu() for name, one in maps.items()}
-                images = [None] * len(windows) if images is None else images.float().cpu()
+                decoded: Any = [None] * len(windows) if images is None else images.float().cpu()
                 seconds = (time.perf_counter() - began) / len(windows)
                 scores = map_scores(maps["anomaly"], self.config.top_share).tolist()
-                yield [Detected(*window, scores[i], {name: one[i] for name, one in maps.items()}, inputs[i], images[i],
+                yield [Detected(*window, scores[i], {name: one[i] for name, one in maps.items()}, inputs[i], decoded[i],
                                 seconds) for i, window in enumerate(windows)]
 
     def stream(self, files: ProcessedFiles | Batches, labels: torch.Tensor, batch_size: int = 16) -> Iterator[Detected]:
@@ -233,17 +233,15 @@ def stream_rows(detector: _Streaming, dataset: Dataset, rows: pd.DataFrame, desc
     found = detector.stream(files, detector.class_labels(list(rows["category"]), len(rows)), batch_size)
     return progress(found, desc=desc, total=len(rows), unit="file", delay=delay)
 
-# %% ../../nbs/detector/02_pipeline.ipynb #b3182302
+# %% ../../nbs/detector/02_pipeline.ipynb #f99ab16c
 class _Answering(_Streaming):
     "From what was found in each file to one answer."
 
     def _output(self, found: list[Detected], categories: list[str]) -> AnomalyOutput:
         scores = np.array([one.score for one in found], np.float32)
         maps = {name: torch.stack([one.maps[name] for one in found]).numpy() for name in found[0].maps}
-        images = None
-        if found[0].reconstruction is not None:
-            images = torch.stack([one.reconstruction for one in found])
-            images = (images / 2 + 0.5).clamp(0, 1).movedim(1, -1).numpy()
+        images: Any = [one.reconstruction for one in found]
+        images = None if images[0] is None else (torch.stack(images) / 2 + 0.5).clamp(0, 1).movedim(1, -1).numpy()
         return AnomalyOutput(scores, maps.pop("anomaly"), images, maps, **self.calibrated(scores, categories))
 
     @torch.no_grad()

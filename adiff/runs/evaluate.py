@@ -139,13 +139,13 @@ def store_masks(path: Path, dataset: Dataset, rows: pd.DataFrame,
         known.append(mask is not None)
     return masks, np.array(known)
 
-# %% ../../nbs/runs/02_evaluate.ipynb #b581673a
+# %% ../../nbs/runs/02_evaluate.ipynb #bafd80b1
 def category_metrics(labels: Any, scores: Any, maps: Any, masks: Any, known: np.ndarray) -> dict[str, Any]:
     """All metrics of scores (n,) and maps (n, size, size) against labels (n,) and those masks that are `known` (n,).
 
     Maps and masks may be arrays or `StoredArray`s.
     """
-    image = image_metrics(labels, np.float32(scores))
+    image = image_metrics(labels, np.asarray(scores, np.float32))
     if known.any():
         pixel = pixel_metrics(masks[known], maps[known])
     else:
@@ -176,7 +176,7 @@ def summary(categories: dict[str, dict], notes: list[str]) -> dict[str, dict]:
     harmonic.pop("notes")  # whatever lacks a harmonic mean lacks a mean, or is zero
     return {"mean": mean, "harmonic_mean": harmonic}
 
-# %% ../../nbs/runs/02_evaluate.ipynb #985b7498
+# %% ../../nbs/runs/02_evaluate.ipynb #8c714a5c
 def count_parameters(detector: AnomalyDetector) -> int:
     "Trained parameters of a detector: those of its network; 0 without one."
     return 0 if detector.network is None else sum(p.numel() for p in detector.network.parameters())
@@ -202,7 +202,12 @@ def count_calls(detector: Any) -> Iterator[list[int]]:
 
     def predictor(class_labels: torch.Tensor) -> Any:
         predict = original(class_labels)
-        return lambda z, t: (counted.append(len(z)), predict(z, t))[1]
+
+        def counting(z: torch.Tensor, t: int) -> torch.Tensor:
+            counted.append(len(z))
+            return predict(z, t)
+
+        return counting
 
     detector.predictor = predictor
     try:
@@ -237,7 +242,7 @@ def write_maps(folder: AnyPath, rows: pd.DataFrame, maps: Iterable[np.ndarray]) 
         with atomic_path(Path(folder) / Path(row.path).with_suffix(".tiff")) as path:
             Image.fromarray(np.float32(one)).save(path)
 
-# %% ../../nbs/runs/02_evaluate.ipynb #2a8b7874
+# %% ../../nbs/runs/02_evaluate.ipynb #71b89e34
 class Evaluation:
     "What has been measured of a run so far; `measure` adds a category. `scratch`: a folder for maps and masks."
 
@@ -258,7 +263,7 @@ class Evaluation:
         with count_calls(self.detector) as counted, scratch_folder(self.scratch / "maps") as folder:
             stored = store_maps(folder, self.detector, self.dataset, rows, batch_size, desc=f"testing {category}")
             self.seconds, self.calls = self.seconds + stored.seconds, self.calls + sum(counted)
-            rows = rows.assign(score=np.float32(stored.scores["final map"]), window=stored.windows)
+            rows = rows.assign(score=np.asarray(stored.scores["final map"], np.float32), window=stored.windows)
             results = {name: category_metrics(rows.label, stored.scores[name], one, masks, known)
                        for name, one in stored.maps.items()}
             self.compared += [{"category": category, "discrepancy": name, **one} for name, one in results.items()]

@@ -18,7 +18,7 @@ from ..scores.metrics import METRIC_NAMES, metric_title
 # %% ../../nbs/runs/05_report.ipynb #de543722
 def metrics_table(metrics: dict[str, Any]) -> pd.DataFrame:
     "A table of strings, one row per category and their mean, from the content of a metrics.json; values in percent."
-    kind, several = metrics.get("kind"), len(metrics["categories"]) > 1
+    kind, several = metrics.get("kind", "image"), len(metrics["categories"]) > 1
     names = ("image_auroc", "image_ap", "image_f1_max", "image_pauc") if kind == "sound" else METRIC_NAMES
     rows = {**metrics["categories"], **({"mean": metrics["mean"]} if several else {})}
     if kind == "sound" and several:

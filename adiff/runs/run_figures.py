@@ -126,7 +126,7 @@ def _dots_over_boxes(axis: Any, kinds: list[tuple]) -> None:
     axis.set_yticks(range(len(kinds)), [f"{name} ({len(values)})" for _, name, values in kinds])
     axis.grid(False, axis="y")
 
-# %% ../../nbs/runs/01_run_figures.ipynb #bc7daf6c
+# %% ../../nbs/runs/01_run_figures.ipynb #f6af984f
 def score_histogram(scores: pd.DataFrame, thresholds: dict[str, float] | None = None) -> Figure:
     """The image scores of the normal images and of each defect type, one panel per category: dots over box plots.
 
@@ -136,6 +136,7 @@ def score_histogram(scores: pd.DataFrame, thresholds: dict[str, float] | None = 
     """
     _require(scores, "scores", ["category", "label", "defect", "score"])
     groups = {category: _by_defect(group) for category, group in scores.groupby("category")}
+    thresholds = thresholds or {}
     most, wide = max(map(len, groups.values())), min(len(groups), 2)
     lines = -(-len(groups) // wide)
     figure, axes = _subplots(lines, wide, figsize=(WIDTH, lines * (0.35 * most + 0.9)), sharex=True)
@@ -143,7 +144,7 @@ def score_histogram(scores: pd.DataFrame, thresholds: dict[str, float] | None = 
         _dots_over_boxes(axis, kinds)
         axis.set(title=category, xlabel="anomaly score", ylim=(most - 0.4, -0.6))
         axis.tick_params(labelbottom=True)
-        if category in (thresholds or {}):
+        if category in thresholds:
             axis.axvline(thresholds[category], color="0.3", linestyle="--")
             axis.set_xlabel(f"anomaly score (dashed: threshold {thresholds[category]:.3g})")
     for axis in axes.flat[len(groups):]:
@@ -191,14 +192,14 @@ def load_windows(detector: AnomalyDetector, dataset: Dataset, rows: pd.DataFrame
     return torch.stack([detector.processor.load(dataset.root / path, window)
                         for path, window in zip(rows.path, rows.window)])
 
-# %% ../../nbs/runs/01_run_figures.ipynb #b6da78c4
+# %% ../../nbs/runs/01_run_figures.ipynb #7c900971
 @torch.no_grad()
 def case_panel(detector: AnomalyDetector, dataset: Dataset, examples: Sequence[tuple]) -> Figure:
     "The figure of the `examples` of one category, as `choose_examples` returns them."
     processor, category = detector.processor, examples[0][0].category
     inputs = load_windows(detector, dataset, pd.DataFrame([row for row, *_ in examples]))
     out = detector(inputs, category=category)
-    pictures = [None] * len(examples)
+    pictures: list[Any] = [None] * len(examples)
     if out.reconstructions is not None:
         pictures = [processor.picture(torch.from_numpy(one).movedim(-1, 0) * 2 - 1) for one in out.reconstructions]
     table = [{"title": f"{why}\n{row.defect}\nscore {row.score:.2f}", "image": processor.picture(inputs[i]),

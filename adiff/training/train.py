@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from ..core import (AnyPath, InputError, StopRequest, derive_seed, ensure_folder, interrupt, progress,
                         random_states, restore_random_states, set_seed, signals_to)
 from ..data.dataset import Dataset
-from ..data.loading import ProcessedFiles, fixed_subset
+from ..data.loading import fixed_subset
 from ..detector.pipeline import AnomalyDetector
 from ..machine import compiled, use_machine
 from ..networks.fast_cpu import fast
@@ -131,14 +131,14 @@ class _State:
         finally:
             self.ema.restore(self.parameters)
 
-# %% ../../nbs/training/06_train.ipynb #0cb8d3bf
+# %% ../../nbs/training/06_train.ipynb #6e186d7a
 class _Checkpointed(_State):
     "The same, saved and restored. `out_dir`: the run folder, or None for a training that leaves nothing behind."
 
     def __init__(self, accelerator: Accelerator, detector: AnomalyDetector, training: TrainingConfig, seed: int,
                  latents: TrainingLatents, out_dir: AnyPath | None) -> None:
         super().__init__(accelerator, detector, training, seed)
-        self.latents, self.out_dir, self.updates = latents, out_dir, training.updates(len(latents))
+        self.latents, self.updates = latents, training.updates(len(latents))
         self.checkpoints = ensure_folder(Path(out_dir) / "checkpoints") if out_dir is not None else None
         self.settings = json.dumps({**training.model_dump(), "seed": seed})
 
@@ -164,12 +164,12 @@ class _Checkpointed(_State):
         device = self.accelerator.device
         if not torch.stack([one.isfinite().all().to(device) for one in (*state["network"].values(), *moments)]).all():
             raise diverged("the weights are no longer finite", step)
-        if self.out_dir is not None and self.accelerator.is_main_process:
+        if self.checkpoints is not None and self.accelerator.is_main_process:
             save_checkpoint(self.checkpoints, step, settings=self.settings, log=self.log.lines, **state,
                             order=self.position(step), random=random_states(device))
-            write_log(self.out_dir, self.log.lines)
+            write_log(self.checkpoints.parent, self.log.lines)
 
-# %% ../../nbs/training/06_train.ipynb #fded9d73
+# %% ../../nbs/training/06_train.ipynb #ff6ea24b
 class _Updating(_Checkpointed):
     "The same, updated. `validation`: `TrainingLatents` of held-out normals, or None."
 
@@ -177,6 +177,7 @@ class _Updating(_Checkpointed):
         super().__init__(*arguments)
         self.validation, self.accumulation = validation, self.training.gradient_accumulation_steps
         self.fast, self.stop = fast(self.detector.network), StopRequest()
+        self.network: Any = self.fast  # once prepared, with what averages gradients over processes
 
     def update(self, step: int, batches: Iterator, answer: Callable) -> torch.Tensor:
         "Update number `step` from the next of the `batches`; `answer`: what calls the network. Returns the mean loss."
@@ -214,7 +215,7 @@ class _Updating(_Checkpointed):
         number = torch.tensor([self.stop.number or 0], device=self.accelerator.device)
         return step % 10 == 0 and int(self.accelerator.gather(number).max())
 
-# %% ../../nbs/training/06_train.ipynb #82c4ca9c
+# %% ../../nbs/training/06_train.ipynb #06500a9f
 class NetworkTraining(_Updating):
     "The optimiser updates of a training: `NetworkTraining(...).run()`."
 
@@ -262,7 +263,7 @@ class NetworkTraining(_Updating):
         bar.update()
         if number:
             bar.close()
-            kept = ", a checkpoint is written" if self.out_dir is not None else ""
+            kept = ", a checkpoint is written" if self.checkpoints is not None else ""
             interrupt(number, message=f"stopped after update {step} of {self.updates}{kept}")
 
 # %% ../../nbs/training/06_train.ipynb #92133be4
@@ -302,7 +303,7 @@ def train(detector: AnomalyDetector, dataset: Dataset, training: TrainingConfig,
         shutil.rmtree(Path(out_dir) / ".latents", ignore_errors=True)
     return log
 
-# %% ../../nbs/training/06_train.ipynb #b0ac24c6
+# %% ../../nbs/training/06_train.ipynb #2167cdc2
 def _accelerator(training: TrainingConfig, out_dir: AnyPath | None, device: Any) -> Accelerator:
     "accelerate's view of the processes and the device of this training, with its trackers."
     AcceleratorState._reset_state(reset_partial_state=True)  # a second training here may differ in precision and device
@@ -312,21 +313,22 @@ def _accelerator(training: TrainingConfig, out_dir: AnyPath | None, device: Any)
     accelerator = Accelerator(mixed_precision=training.mixed_precision, log_with=training.trackers or None,
                               cpu=device is not None and torch.device(device).type == "cpu", project_config=project,
                               gradient_accumulation_steps=training.gradient_accumulation_steps)
-    if training.trackers:
+    if out_dir is not None and training.trackers:
         start_trackers(accelerator, out_dir)
     return accelerator
 
-# %% ../../nbs/training/06_train.ipynb #9c2061ea
+# %% ../../nbs/training/06_train.ipynb #af15b462
 def train_network(accelerator: Accelerator, detector: AnomalyDetector, dataset: Dataset, training: TrainingConfig,
                   seed: int, out_dir: AnyPath | None, resume: bool, watched: WatchedFiles) -> list[dict]:
     "The part of `train` that makes optimiser updates; returns the log."
-    def latents(name: str, rows: Any, *options: Any) -> TrainingLatents:
+    def latents(name: str, rows: Any, **options: Any) -> TrainingLatents:
         folder = Path(out_dir) / ".latents" / f"{name}_{accelerator.process_index}" if out_dir is not None else None
-        return TrainingLatents(detector, dataset, rows, *options, folder=folder, watched=watched)
+        return TrainingLatents(detector, dataset, rows, folder=folder, watched=watched, **options)
 
     held_out = dataset.select("validation")
     held_out = held_out.iloc[fixed_subset(len(held_out))]
-    normals = latents("train", dataset.select("train"), training.augmentations, training.cache_latents)
+    normals = latents("train", dataset.select("train"), augmentations=training.augmentations,
+                      cache=training.cache_latents)
     validation = None if held_out.empty else latents("validation", held_out)
     network_training = NetworkTraining(accelerator, detector, training, seed, normals, out_dir, validation=validation)
     if resume:
