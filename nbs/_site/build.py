@@ -1,6 +1,6 @@
-"""Builds the documentation site, without network: `make docs`, or `python nbs/_site/build.py [OUT]`, writes OUT/html/index.html.
+"""Builds the documentation site, without network: `make docs`, or `python nbs/_site/build.py [OUT]`.
 
-Sphinx reads a copy of the notebooks (OUT/source), not the notebooks: in the copy nbdev's directives are gone, cells
+The site is OUT/html/index.html. Sphinx reads a copy of the notebooks (OUT/source), not the notebooks: in the copy nbdev's directives are gone, cells
 of the package have an address, and the pages that can be derived are written: those on contributing and changes, one
 page of API reference for every module, the matrices and the published numbers. The landing page is nbs/index.md.
 """
@@ -24,15 +24,16 @@ CHAPTERS = {"docs": "Guides", "tutorials": "Tutorials", "": "Core", "data": "Dat
             "diffusion": "Diffusion",
             "networks": "Networks", "scores": "Scores", "detector": "Detector", "training": "Training",
             "methods": "Methods",
-            "runs": "Runs", "lab": "Lab: experiments in batches", "experiments": "Experiments",
+            "runs": "Runs", "lab": "Lab: experiments in batches", "facade": "What import adiff offers",
+            "experiments": "Experiments",
             "experiments/results": "Executed results"}  # folder of nbs/ -> caption in the sidebar, in reading order
 PAGES = {"CONTRIBUTING.md": "contributing", "CHANGELOG.md": "changelog", "CODE_OF_CONDUCT.md": "code_of_conduct"}
 WORDS = {"auroc": "AUROC", "ap": "AP", "f1": "F1", "pauc": "pAUC", "aupro": "AUPRO"}
 
 
 def folder_of(name):
-    "The folder in nbs/ of a page: '' at the top."
-    return name.rpartition("/")[0]
+    "The folder in nbs/ of a page: '' at the top, and 'facade' for what stands last there."
+    return "facade" if re.match("9\\d_", name) else name.rpartition("/")[0]
 
 
 def pages(suffix):
@@ -52,14 +53,14 @@ def modules():
     found = {}
     for path in PACKAGE.rglob("*.py"):
         source = re.search(r"File to edit: (?:\.\./)+nbs/(.+)\.ipynb\.", path.read_text(encoding="utf-8"))
-        if source: found[".".join(["adiff",
-                                   *path.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(".__init__")] = source[1]
+        name = ".".join(["adiff", *path.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(".__init__")
+        if source: found[name] = source[1]
     order = list(CHAPTERS)
     return dict(sorted(found.items(), key=lambda item: (order.index(folder_of(item[1])), item[1])))
 
 
 def link_notebooks(text, known):
-    "Markdown in which every `codecs/01_wavelets` or `nbs/00_core.ipynb` in backticks, outside of code, links to that page."
+    "Markdown in which every `codecs/01_wavelets` or `nbs/00_core.ipynb` in backticks links to that page."
     def link(match):
         name = match[2].removesuffix(".ipynb")
         return f"[{match[0]}](/{name}.ipynb)" if name in known and re.search(r"(^|/)\d\d_|\.ipynb$",
@@ -71,7 +72,7 @@ def link_notebooks(text, known):
 
 
 def tidy(page):
-    "An output's HTML with every tag closed, so that it cannot end the page around it, and without links to files of a run."
+    "An output's HTML with every tag closed, so that it cannot end its page, and without links to files of a run."
     from bs4 import BeautifulSoup
 
     soup = BeautifulSoup(page, "html.parser")
@@ -80,14 +81,14 @@ def tidy(page):
 
 
 def stage_notebook(name, known):
-    "The notebook as the site shows it, as JSON: no directives, no hidden cells, exported cells tagged and with an address."
+    "The notebook as the site shows it, as JSON: no directives, no hidden cells, an address for exported cells."
     notebook, cells = json.loads((NOTEBOOKS / f"{name}.ipynb").read_text(encoding="utf-8")), []
     for cell in notebook["cells"]:
         source = "".join(cell["source"])
         directives = re.findall(r"^#\| *(\w+)", source, re.MULTILINE)
         if cell["cell_type"] == "markdown":
             if not cells and folder_of(name) == "experiments/results":  # runs of one notebook share its title
-                source = re.sub(r"^# (.*)", rf"# \1: {Path(name).name}", source)
+                source = re.sub("^# .*", f"# Results: {Path(name).name.replace('_', ' ')}", source)
             cell["source"] = local_links(link_notebooks(source, known), NOTEBOOKS / name)
         elif "hide" in directives or not (code := re.sub(r"^#\|.*\n?", "", source, flags=re.MULTILINE)).strip():
             continue
@@ -111,7 +112,8 @@ def local_links(text, path):
         file, place = (path.parent / target).resolve(), mark + place
         if file.is_relative_to(REPOSITORY) and (page := PAGES.get(file.relative_to(REPOSITORY).as_posix())):
             return f"[{words}](/{page}.md{place})"
-        return f"[{words}](/{file.relative_to(NOTEBOOKS)}{place})" if file.is_file() and file.is_relative_to(NOTEBOOKS) else words
+        inside = file.is_file() and file.is_relative_to(NOTEBOOKS)
+        return f"[{words}](/{file.relative_to(NOTEBOOKS)}{place})" if inside else words
 
     parts = re.split(r"(^```.*?^```|`[^`\n]*`)", text, flags=re.DOTALL | re.MULTILINE)
     return "".join(part if i % 2 else re.sub(r"(?<!!)\[([^\]\[]*)\]\(([^)\s]*)\)", local, part) for i,
@@ -129,7 +131,7 @@ def toctree(caption, entries):
 
 
 def contents(notebooks, extra):
-    "The tables of contents of the site: guides, tutorials, the package's chapters, experiments, API and cards, the project's pages."
+    "The tables of contents of the site: the chapters, the API reference and cards, the project's pages."
     trees = []
     for folder, caption in CHAPTERS.items():
         entries = [name for name in notebooks if folder_of(name) == folder]

@@ -1,4 +1,4 @@
-"""Sphinx's settings, and how the package's docstrings become pages: Markdown-like text, links to the notebooks' cells."""
+"""Sphinx's settings, and how the package's docstrings become pages: Markdown-like text, links to notebooks' cells."""
 import ast
 import re
 import sys
@@ -39,7 +39,7 @@ toc_object_entries_show_parents = "hide"
 
 @cache
 def definitions(module):
-    """Name -> (notebook, cell, the statement's source, the comment above or beside it) of what `module` defines, from nbdev's markers.
+    """Name -> (notebook, cell, source, the comment above or beside it) of what `module` defines, from nbdev's markers.
 
     Names of classes' members are CLASS.MEMBER.
     """
@@ -59,8 +59,7 @@ def definitions(module):
         for node in body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)): add(prefix + node.name, node)
             if isinstance(node, ast.ClassDef): walk(node.body, f"{prefix}{node.name}.")
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node,
-                                                                                                    ast.AnnAssign) else []
+            targets = getattr(node, "targets", None) or ([node.target] if isinstance(node, ast.AnnAssign) else [])
             for name in (leaf for target in targets for leaf in ast.walk(target)
                          if isinstance(leaf, ast.Name)): add(prefix + name.id, node)
 
@@ -69,7 +68,7 @@ def definitions(module):
 
 
 def home_of(module, name):
-    "What `definitions` knows of a name of `module`, also of one that it takes from another module; None if it is not ours."
+    "What `definitions` knows of a name of `module`, also of one that is another module's; None if it is not ours."
     if name in definitions(module): return definitions(module)[name]
     home = getattr(getattr(sys.modules[module], name.split(".")[0], None), "__module__", None)
     return definitions(home).get(name) if home in build.modules() else None
@@ -85,7 +84,7 @@ def homes():
 
 
 def inline(text, module):
-    "One paragraph's text as reStructuredText: `code` in single backticks stays code, names of the package become links."
+    "One paragraph's text as reStructuredText: `code` stays code, names of the package become links."
     def code(match):
         places = homes().get(match[1].removesuffix("()"), [])
         home = module if module in places else places[0] if len(places) == 1 else None
@@ -137,7 +136,7 @@ def constant(thing, name, module):
 
 
 def attribute(name, module):
-    "What is said about an attribute, in Markdown: description, default and bounds of a configuration's key, else the comment beside it."
+    "What is said about an attribute: description, default and bounds of a configuration's key, else its comment."
     owner, _, key = name.rpartition(".")
     fields = getattr(getattr(sys.modules[module], owner, None), "model_fields", {})
     if key not in fields: return definitions(module).get(name, ("",) * 4)[3]
@@ -170,7 +169,7 @@ def process_signature(app, what, name, thing, options, signature, return_annotat
 
 
 def overview(module):
-    "A table of the public names of `module`, then its values, which automodule passes over. adiff itself lists what it takes from its modules."
+    "A table of the public names of `module`, then its values, which automodule passes over."
     package = sys.modules[module]
     own = [name for name in package.__all__ if home_of(module, name)]
     names = own or [f"~{home}" for home in getattr(package, "_homes", {}).values()]
@@ -180,7 +179,7 @@ def overview(module):
 
 
 def finish_signatures(app, tree):
-    "Every signature gets a link to the notebook's cell that defines it; attributes, which autodoc has no hook for, what is said about them."
+    "Every signature gets a link to its notebook's cell; attributes, which autodoc has no hook for, their words."
     if not app.env.docname.startswith("api/"): return
     for signature in tree.findall(addnodes.desc_signature):
         module, name = signature.get("module"), signature.get("fullname", "")
