@@ -35,7 +35,7 @@ def read_ahead(
 ) -> Generator[tuple[Any, list], None, None]:  # pairs (label, [read(item) for item in items])
     """Reads the items of the next batches while the caller computes on one.
 
-    What `read` raises is raised here, when its batch is due. When the generator ends or is closed, the threads are gone.
+    What `read` raises is raised here, when its batch is due. When the generator ends or is closed, its threads end.
     """
     pool = ThreadPoolExecutor(min(8, usable_cores()), "read_ahead", _without_team)
     waiting: deque = deque()

@@ -43,8 +43,8 @@ def paint_defects(
     """Writes the normal training images of `data_root` as a dataset `out` (MVTec AD layout); returns its Path.
 
     Its test images are those that `read_dataset` holds out of training, each as it is and with two painted defects; no
-    test image of `data_root` is read. The same arguments give the same bytes. Raises `InputError` for sounds, if nothing
-    is held out, or if `out` exists.
+    test image of `data_root` is read. The same arguments give the same bytes. Raises `InputError` for sounds, if
+    nothing is held out, or if `out` exists.
     """
     dataset, processor = read_dataset(data_root, categories), PROTOCOLS[protocol]
     held_out = dataset.select("validation")

@@ -29,7 +29,7 @@ class Canvas(ABC):
         self.processor, self.source, self.starts = processor, source, starts
 
     def load(self, start: float) -> torch.Tensor:
-        "The input (channels, size, size) of the window at `start`; what was read may be kept to draw on. Raises `InputError`."
+        "The input (channels, size, size) of the window at `start`. Raises `InputError`."
         return self.processor.load(self.source, start)
 
     @abstractmethod
@@ -73,7 +73,7 @@ class Inputs(ABC):
         "Side of the square inputs."
 
     def as_list(self, sources: Any) -> list:
-        "A list of sources from one or several; a tensor (N, channels, H, W) holds N. Raises `InputError` if there are none."
+        "A list from one source or several; a tensor (N, channels, H, W) holds N. Raises `InputError` for none."
         if isinstance(sources, torch.Tensor):
             many = sources.ndim == 4
         else:
@@ -84,7 +84,7 @@ class Inputs(ABC):
         return found
 
     def check(self, tensor: torch.Tensor) -> torch.Tensor:
-        "The input (channels, size, size) from a tensor (channels, H, W). Raises `InputError` for another shape or range."
+        "The input (channels, size, size) from a tensor (channels, H, W). Raises `InputError` for what does not fit."
         fits = tensor.ndim == 3 and tensor.shape[0] == self.channels and tensor.numel()
         if not fits or not tensor.isfinite().all() or tensor.abs().max() > self.largest:
             values = f" in [{tensor.min():.3g}, {tensor.max():.3g}]" if tensor.numel() else ""
