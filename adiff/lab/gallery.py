@@ -373,7 +373,8 @@ def variant_histograms(scores, styles=None, limits=(-3, 9)):
     names = list(dict.fromkeys(scores.variant))
     styles = styles or variant_styles(names)
     grid = sns.displot(scores.assign(standard=scores.standard.clip(*limits)), x="standard", hue="label", col="variant",
-                       col_wrap=min(4, len(names)), bins=np.linspace(*limits, 25), stat="percent", common_norm=False,
+                       col_wrap=min(4, len(names)), bins=np.linspace(limits[0], limits[1], 25), stat="percent",
+                       common_norm=False,
                        element="step", palette={0: "0.6", 1: "0.3"}, height=1.8, aspect=1.4, legend=False)
     for axis, name in zip(grid.axes.flat, names):
         own = scores[scores.variant == name]

@@ -117,7 +117,8 @@ def read_value(text, where):
         return YAML(typ="safe", pure=True).load(text)
     except RecursionError:
         raise InputError(f"{where}: not valid YAML: nested too deeply") from None
-    except (YAMLError, ValueError, TypeError) as error:  # also a date that does not exist, or a number of a thousand digits
+    except (YAMLError, ValueError,
+            TypeError) as error:  # also a date that does not exist, or a number of a thousand digits
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}: " if mark else ""
         raise InputError(f"{where}: not valid YAML: {line}{getattr(error, 'problem', None) or error}") from None
@@ -278,8 +279,8 @@ def _check_axes(group, axes, where):
         for one, other in itertools.product(set().union(*map(_leaves, ones.values())),
                                             set().union(*map(_leaves, others.values()))):
             if one[:len(other)] == other[:len(one)]:
-                raise InputError(f"{where}: axes {first!r} and {second!r} both set "
-                                 f"{'.'.join(max(one, other, key=len))}")
+                path = ".".join(one if len(one) > len(other) else other)
+                raise InputError(f"{where}: axes {first!r} and {second!r} both set {path}")
     for rule in group.exclude:
         for axis, labels in rule.items():
             if axis not in axes:
@@ -430,7 +431,7 @@ def _words(value):
 
 def _dataset(matrix, name, values, data, where):
     "(root or None, what to make or None, kind, fingerprint) of a dataset. Raises `InputError` if its folder is missing."
-    dataset = matrix.datasets.get(name, MatrixDataset(path=name))
+    dataset = matrix.datasets.get(name, MatrixDataset.model_validate({"path": name}))
     if dataset.make:
         make = {"name": name, "make": dataset.make, "options": dataset.options}
         return None, make, {"demo_sounds": "sound"}.get(dataset.make, "image"), _digest([dataset.make, dataset.options])
@@ -438,9 +439,9 @@ def _dataset(matrix, name, values, data, where):
     if not root.is_dir():
         get = f"; get it with: {dataset.get}" if dataset.get else ""
         raise InputError(f"{where}: dataset {name}: no folder {root}{get}; or say where it is: --data {name}=FOLDER")
-    root = str(root.resolve())
-    fingerprint, kind = _fingerprint(root, values.get("categories", "all"), values.get("split_table"))
-    return root, None, kind, fingerprint
+    found = str(root.resolve())
+    fingerprint, kind = _fingerprint(found, values.get("categories", "all"), values.get("split_table"))
+    return found, None, kind, fingerprint
 
 # %% ../../nbs/lab/00_matrix.ipynb #d40f6d6e
 _code = cache(code_fingerprint)

@@ -160,7 +160,7 @@ def collect(folders):
     leaves = {leaf.resolve(): (leaf, run) for folder in folders for leaf, run in find_leaves(folder)}.values()
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # numpy and file access leave the interpreter free
         found = pool.map(lambda one: _rows(*one), leaves)
-        rows = sum(progress(found, desc="intervals", total=len(leaves), unit="run", delay=2), [])
+        rows: list = sum(progress(found, desc="intervals", total=len(leaves), unit="run", delay=2), [])
     return _distinguished(pd.DataFrame(rows))
 
 
@@ -267,7 +267,8 @@ class Table:
         head = [shown.columns.name, *shown.columns]
         rows = [head, ["---", *["---:"] * (len(head) - 1)], *shown.reset_index().to_numpy()]
         return "\n".join([f"### {markdown_text(self.title)}", "", *(f"| {' | '.join(row)} |" for row in rows), "",
-                          *(f"- {markdown_text(note)}" for note in self.notes), f"- runs behind this table: {runs}"]) + "\n"
+                          *(f"- {markdown_text(note)}" for note in self.notes),
+                          f"- runs behind this table: {runs}"]) + "\n"
 
     def latex(self, home="."):
         "For a paper; needs the packages booktabs and hyperref."
