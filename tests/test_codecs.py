@@ -10,7 +10,7 @@ import pywt
 import torch
 from PIL import Image
 
-from adiff.codecs.autoencoders import KLCodec, TinyCodec, convert_tiny
+from adiff.codecs.autoencoders import KLCodec, TinyCodec
 from adiff.codecs.codec import Codec
 from adiff.codecs.load import load_codec
 from adiff.codecs.wavelets import WaveletCodec
@@ -37,7 +37,7 @@ def no_weights(monkeypatch, tmp_path):
         raise AssertionError("the network was touched")
 
     monkeypatch.delenv("ADIFF_WEIGHTS", raising=False)
-    monkeypatch.setattr("adiff.codecs.codec.try_to_load_from_cache", lambda repository, file: None)
+    monkeypatch.setattr("adiff.codecs.load.try_to_load_from_cache", lambda repository, file: None)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
@@ -202,16 +202,13 @@ def write_author_files(codec, folder, name="taef2"):
 
 
 @pytest.mark.parametrize("channels, pooled", [(32, True), (4, False)])
-def test_author_files_and_conversion(channels, pooled, images, tmp_path):
+def test_author_files_and_saving_them(channels, pooled, images, tmp_path):
     codec = TinyCodec({"latent_channels": channels}, pooled=pooled)
     write_author_files(codec, tmp_path / "weights")
     loaded = load_codec(tmp_path / "weights")
     assert loaded.config.pooled is pooled and loaded.latent_channels == channels and loaded.dtype == torch.float32
-    convert_tiny(tmp_path / "weights", tmp_path / "converted")
-    assert torch.equal(load_codec(tmp_path / "converted").encode(images), loaded.encode(images))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["converted", "weights"]
-    with pytest.raises(InputError, match="exists already"):
-        convert_tiny(tmp_path / "weights", tmp_path / "converted")
+    loaded.save_pretrained(tmp_path / "saved")
+    assert torch.equal(load_codec(tmp_path / "saved").encode(images), loaded.encode(images))
 
 
 def test_safetensors_as_on_the_hub(images, tmp_path):
@@ -280,6 +277,24 @@ def test_broken_saved_folders_are_refused(tmp_path):
 # names
 
 
+@pytest.mark.parametrize("make, size, channels", [
+    (lambda: load_codec("wavelet", levels=2, image_channels=1), 64, (1,)), (lambda: load_codec("pixels", levels=0), 240, (3,)),
+    (lambda: load_codec("features"), 240, (1, 3)), (lambda: make_codec("taef2"), 128, (3,)),
+])
+def test_each_codec_names_a_suitable_size(make, size, channels):
+    codec = make()
+    assert codec.suitable_size(240) == size and codec.accepted_channels == channels
+    assert codec.latent_shape(size, size)[0] == codec.latent_channels
+
+
+def test_features_are_a_kind_and_come_back_from_a_folder(tmp_path, images):
+    codec = load_codec("features", depths=(4,), input_size=64)
+    codec.save_pretrained(tmp_path)
+    assert torch.equal(load_codec(tmp_path).encode(images), codec.encode(images))
+    with pytest.raises(InputError, match="known: backbone, depths, input_size"):
+        load_codec("features", levels=2)
+
+
 def test_wavelet_never_touches_the_network(no_weights, images):
     codec = load_codec("wavelet", wavelet="sym4", levels=1, image_channels=1)
     assert codec.latent_channels == 4 and codec.downsample == 2
@@ -308,7 +323,7 @@ def test_the_hubs_cache_comes_second(no_weights, monkeypatch, tmp_path, images):
     codec = make_codec("kl")
     codec.autoencoder.save_pretrained(tmp_path / "cached")
     monkeypatch.setenv("ADIFF_WEIGHTS", str(tmp_path))
-    monkeypatch.setattr("adiff.codecs.codec.try_to_load_from_cache", lambda repository, file: str(tmp_path / "cached" / file))
+    monkeypatch.setattr("adiff.codecs.load.try_to_load_from_cache", lambda repository, file: str(tmp_path / "cached" / file))
     assert torch.equal(load_codec("sd-vae-ft-mse").encode(images), codec.encode(images))
 
 

@@ -1,4 +1,4 @@
-"""ADiff's network: every switch, any size, saving, features; attention maps of it and of DeCo-Diff's network."""
+"""ADiff's network: every switch, any size, saving; attention maps of it and of DeCo-Diff's network."""
 import pytest
 import torch
 from torch import nn
@@ -39,10 +39,7 @@ def test_any_size_keeps_its_shape(height, width, wavelet_sampling):
     network, z = make(wavelet_sampling=wavelet_sampling), latents(height, width)
     with torch.no_grad():
         answer = network(z, torch.tensor([3, 900])).sample
-        pyramid = network.features(z)
     assert answer.shape == z.shape and answer.isfinite().all()
-    assert [maps.shape for maps in pyramid] == [
-        (2, 16 * 2**level, -(-height // 2**level), -(-width // 2**level)) for level in (2, 1, 0)]
 
 
 def test_untrained_it_answers_zero_and_learns():
@@ -80,7 +77,7 @@ def test_wavelet_sampling_is_a_switch():
 def test_single_scale_has_no_sampling(levels):
     network = make(channel_multipliers=(1,), attention_levels=levels)
     assert samplers(network) == [] and network.unet.down_blocks[0].downsamplers is None
-    assert network(latents(9, 5), 3).sample.shape == (2, 4, 9, 5) and len(network.features(latents(9, 5))) == 1
+    assert network(latents(9, 5), 3).sample.shape == (2, 4, 9, 5)
 
 
 @pytest.mark.parametrize("base_channels", [16, 20, 24, 32, 48, 96])
@@ -109,17 +106,7 @@ def test_saved_and_loaded_it_answers_the_same(options, tmp_path):
     loaded = MultiScaleUNet.from_pretrained(tmp_path, use_safetensors=True)
     with torch.no_grad():
         assert torch.equal(loaded(z, 7).sample, network(z, 7).sample)
-        assert all(map(torch.equal, loaded.features(z), network.features(z)))
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors"}
-
-
-def test_features_leave_nothing_behind():
-    network, z = make(), latents()
-    with torch.no_grad():
-        before = network(z, 0).sample
-        first, second = network.features(z), network.features(z)
-        assert all(map(torch.equal, first, second)) and torch.equal(network(z, 0).sample, before)
-    assert not any(module._forward_hooks for module in network.modules())
 
 
 @pytest.mark.parametrize("options, words", [

@@ -8,7 +8,6 @@ __all__ = ['UNET_SIZES', 'ClassTokenUNet']
 # %% ../../nbs/networks/00_class_token_unet.ipynb #21acf250
 from typing import Annotated, Literal
 
-import torch
 from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention import BasicTransformerBlock
@@ -27,7 +26,7 @@ UNET_SIZES = {  # base_channels, num_heads, class_embedding_dim
     "XL": (320, 12, 640),
 }
 
-# %% ../../nbs/networks/00_class_token_unet.ipynb #39f0779c
+# %% ../../nbs/networks/00_class_token_unet.ipynb #62115bd1
 def _conditional_unet(channels, widths, head_width, token_width, dropout):
     "diffusers' U-Net with a transformer block after every residual block, at each of the `widths`."
     levels = len(widths)
@@ -35,7 +34,7 @@ def _conditional_unet(channels, widths, head_width, token_width, dropout):
         in_channels=channels, out_channels=channels, layers_per_block=2, dropout=dropout, block_out_channels=widths,
         down_block_types=("CrossAttnDownBlock2D",) * levels, up_block_types=("CrossAttnUpBlock2D",) * levels,
         cross_attention_dim=token_width,
-        attention_head_dim=tuple(width // head_width for width in widths),  # diffusers' old name for the number of heads
+        attention_head_dim=tuple(width // head_width for width in widths),  # diffusers' old name: number of heads
     )
 
 # %% ../../nbs/networks/00_class_token_unet.ipynb #6a1c333c

@@ -93,7 +93,7 @@ def _onednn_copy(network):
     shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
     return _use_onednn(copy.deepcopy(network, shared))
 
-# %% ../../nbs/networks/04_fast_cpu.ipynb #e4ada0c9
+# %% ../../nbs/networks/04_fast_cpu.ipynb #7098a139
 class FastNetwork(nn.Module):
     """Answers as `network` does, whose parameters it shares: what trains it trains the network.
 
@@ -115,18 +115,19 @@ class FastNetwork(nn.Module):
         return self.network(sample, timestep, class_labels=class_labels)
 
     def predictor(self, class_labels):
-        "`predict(z, t)` for samples z (N, C, h, w) of these `class_labels` (N,) and a number t: the answer (N, C, h, w)."
+        "`predict(z, t)`, the answer (N, C, h, w), for samples z of these `class_labels` (N,) and a number t."
         return lambda z, t: self(z, t, class_labels).sample
 
     def packed_weights(self):
         "A context in which weights are packed at first use and kept. They must not change inside it. May be nested."
         return packed_weights(self.layers)
 
-# %% ../../nbs/networks/04_fast_cpu.ipynb #60e5cac1
+# %% ../../nbs/networks/04_fast_cpu.ipynb #1673fe20
 @contextmanager
 def packed_weights(module):
     "A context in which the layers of oneDNN inside `module` pack their weights at first use and keep them."
-    layers = [layer for layer in module.modules() if isinstance(layer, _Packable)] if _packs and module is not None else []
+    modules = module.modules() if _packs and module is not None else ()
+    layers = [layer for layer in modules if isinstance(layer, _Packable)]
     if not layers or layers[0].packed is not None:  # nothing to pack, or an enclosing context does it
         yield
         return
@@ -138,9 +139,9 @@ def packed_weights(module):
         for layer in layers:
             layer.packed = None
 
-# %% ../../nbs/networks/04_fast_cpu.ipynb #0344ef20
+# %% ../../nbs/networks/04_fast_cpu.ipynb #678d40a2
 def _each(unet, kind):
-    "All layers of a kind (\"resnets\" or \"attentions\") of a diffusers `unet`, in the order in which a sample meets them."
+    "All layers of a `kind`, resnets or attentions, of a diffusers `unet`, in the order in which a sample meets them."
     return [layer for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks) for layer in getattr(block, kind)]
 
 
@@ -248,10 +249,10 @@ class FastMultiScaleUNet(FastNetwork):
         whole = padded(sample, self.layers.halvings).contiguous(memory_format=torch.channels_last)
         return UNet2DOutput(sample=self.layers.unet(whole, timestep).sample[..., :height, :width])
 
-# %% ../../nbs/networks/04_fast_cpu.ipynb #6ada613d
+# %% ../../nbs/networks/04_fast_cpu.ipynb #841a3973
 FAST_NETWORKS = {ClassTokenUNet: FastClassTokenUNet, MultiScaleUNet: FastMultiScaleUNet}
 
 
 def fast(network):
-    "The `FastNetwork` that answers as `network` does; for a class that `FAST_NETWORKS` lacks, it calls the network itself."
+    "The `FastNetwork` that answers as `network` does; it calls the network itself if `FAST_NETWORKS` lacks its class."
     return FAST_NETWORKS.get(type(network), FastNetwork)(network)
