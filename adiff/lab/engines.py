@@ -24,7 +24,6 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 
 from .matrix import need
-from .matrix import need
 from ..core import (InputError, StopRequest, Terminated, atomic_path, ensure_folder, interrupt, locked,
     read_json, remove_leftovers, signals_to, unknown_name, write_json)
 

@@ -469,7 +469,7 @@ def _name_settings(rows, twice):
 
 # %% ../../nbs/lab/03_gallery.ipynb #41bb697b
 def example_files(evidence, reconstructions=True):
-    """The dicts that `qualitative_grid` and `sound_strips` take, from examples/: about eight files, at most 15 categories.
+    """The dicts that `qualitative_grid` and `sound_strips` take, from examples/: about eight files, 15 categories.
 
     reconstructions: with up to three variants a column for those of each. Raises `LeftOut` if no run has examples.
     """

@@ -204,7 +204,7 @@ def _named(node, home):
 
 # %% ../../nbs/lab/00_matrix.ipynb #a36a71e9
 def imported_modules(code, known, home=()):
-    """Those of the modules `known` (dotted names inside adiff) that python `code` imports directly; all if it is not Python.
+    """Those of the modules `known` (dotted names inside adiff) that `code` imports directly; all if it is not Python.
 
     home: the folder of the module that the code is of, as a sequence of names; empty for a notebook.
     """
@@ -430,7 +430,7 @@ def _words(value):
 
 
 def _dataset(matrix, name, values, data, where):
-    "(root or None, what to make or None, kind, fingerprint) of a dataset. Raises `InputError` if its folder is missing."
+    "(root or None, what to make or None, kind, fingerprint) of a dataset. Raises `InputError` without its folder."
     dataset = matrix.datasets.get(name, MatrixDataset.model_validate({"path": name}))
     if dataset.make:
         make = {"name": name, "make": dataset.make, "options": dataset.options}

@@ -201,7 +201,7 @@ def _carry_out(engine, out, todo, expected):
 
 # %% ../../nbs/lab/05_reproduce.ipynb #f9b15a3a
 def make_outputs(out):
-    "Tables, figures and site of the reproduction in the folder `out`. Logs where they are, or warns why there are none."
+    "Tables, figures and site of the reproduction in the folder `out`. Logs where they are or why there are none."
     from adiff.lab.site import write_site
     from adiff.lab.tables import write_tables
 

@@ -165,7 +165,7 @@ def _shown_markdown(source, home, page):
     return "".join(parts)
 
 # %% ../../nbs/lab/04_site.ipynb #e36d75cd
-_policy = """<meta http-equiv="Content-Security-Policy" content="default-src 'self' file: data: blob: 'unsafe-inline'">"""
+_policy = "default-src 'self' file: data: blob: 'unsafe-inline'"
 
 
 def sphinx_settings():
@@ -185,14 +185,16 @@ def sphinx_settings():
 
 def forbid_network(app, name, template, context, doctree):
     "Sphinx's hook html-page-context: the policy of every page."
-    context["metatags"] = context.get("metatags", "") + _policy
+    policy = f'<meta http-equiv="Content-Security-Policy" content="{_policy}">'
+    context["metatags"] = context.get("metatags", "") + policy
 
 # %% ../../nbs/lab/04_site.ipynb #3582304b
 _templates = {
     "index": """
 {% if command %}<pre>{{ command }}</pre>{% endif %}
 <p>{{ runs|length }} run{{ "s" if runs|length != 1 }}: {% for state, count in counts.items() %}
-<span class="state {{ state|replace(" ", "-") }}">{{ count }} {{ state }}</span>{{ "; " if loop.last else ", " }}{% endfor %}
+<span class="state {{ state|replace(" ", "-") }}">{{ count }} {{ state }}</span>{{ "; " if loop.last else ", " }}
+{% endfor %}
 {{ duration }} of computing.</p>""",
     "tables": """
 <p class="notes">A number leads to the run behind it.{% if data %} All of them as data:
@@ -200,11 +202,13 @@ _templates = {
 {% for table in tables %}<section class="table">{{ table }}</section>{% endfor %}""",
     "figures": """
 {% if page %}<p class="notes"><a href="{{ page }}">The notebook that drew them.</a></p>{% endif %}
-{% for figure in figures %}<figure><a href="{{ figure.picture }}"><img src="{{ figure.picture }}" alt="{{ figure.name }}"></a>
-<figcaption>{{ figure.caption }}{% if figure.vector %} <a href="{{ figure.vector }}">SVG</a>{% endif %}</figcaption></figure>
+{% for figure in figures %}<figure>
+<a href="{{ figure.picture }}"><img src="{{ figure.picture }}" alt="{{ figure.name }}"></a><figcaption>{{ figure.caption }}
+{%- if figure.vector %} <a href="{{ figure.vector }}">SVG</a>{% endif %}</figcaption></figure>
 {% endfor %}""",
     "runs": """
-<div class="filter"><input id="words" type="search" placeholder="filter: words" aria-label="words that a run must contain">
+<div class="filter">
+<input id="words" type="search" placeholder="filter: words" aria-label="words that a run must contain">
 <select id="state" aria-label="state"><option value="">all states</option>
 {% for state in counts %}<option>{{ state }}</option>{% endfor %}</select>
 <span class="notes">shown: <span id="count">{{ runs|length }} of {{ runs|length }}</span>; metrics in percent, mean over

@@ -1,9 +1,8 @@
 """Builds the documentation site, without network: `make docs`, or `python nbs/_site/build.py [OUT]`.
 
-The site is OUT/html/index.html. Sphinx reads a copy of the notebooks (OUT/source), not the notebooks: in the copy nbdev's
-directives are gone, cells of the package have an address, and the pages that can be derived are written: those on
-contributing and changes, one page of API reference for every module, the matrices and the published numbers. The landing
-page is nbs/index.md.
+The site is OUT/html/index.html, its landing page nbs/index.md. Sphinx reads a copy of the notebooks (OUT/source): in the
+copy nbdev directives are gone, cells of the package have an address, and the pages that can be derived are written:
+contributing, changes, one page of API reference for every module, the matrices and the published numbers.
 """
 import argparse
 import json
