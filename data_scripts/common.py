@@ -269,7 +269,8 @@ def unpack(path, folder, dataset):
             if not reason and taken(target, kind, folder):
                 reason = "is there twice, or in the way of another"
             if not reason and (files > dataset.most_files or size > dataset.most_bytes):
-                reason = (f"is beyond the limit for {dataset.name} of {dataset.most_files} files and {dataset.most_bytes / 1e6:g} MB; "
+                reason = (f"is beyond the limit for {dataset.name} of {dataset.most_files} files and "
+                          f"{dataset.most_bytes / 1e6:g} MB; "
                           "if that is what the dataset has now, raise the limit in the script")
             if reason:
                 raise DataError(f"{path}: member {name!r} {reason}, so nothing was unpacked; {dataset.by_hand}")
@@ -278,7 +279,8 @@ def unpack(path, folder, dataset):
                 with source, open(target, "wb") as file:
                     shutil.copyfileobj(source, file, BLOCK)
     except BROKEN_ARCHIVE as error:
-        raise DataError(f"{path}: the archive is damaged ({error}), so nothing was unpacked; {dataset.by_hand}") from None
+        message = f"{path}: the archive is damaged ({error}), so nothing was unpacked; {dataset.by_hand}"
+        raise DataError(message) from None
 
 
 def is_tar(path):

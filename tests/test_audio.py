@@ -54,10 +54,12 @@ def test_a_stub_takes_the_place_of_the_missing_cuda_extension_and_says_so_once()
         adiff.data.sound_files.load_torchaudio().transforms.MelSpectrogram()
         adiff.data.sound_files.load_torchaudio()"""
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert done.stdout == ("adiff.data.sound_files: torch has no CUDA here: torchaudio is used without its compiled extension\n")
+    assert done.stdout == ("adiff.data.sound_files: torch has no CUDA here: "
+                           "torchaudio is used without its compiled extension\n")
 
 
-@pytest.mark.parametrize("error", [OSError("libsndfile.so: cannot open shared object file"), ImportError("no torchaudio")])
+@pytest.mark.parametrize("error", [OSError("libsndfile.so: cannot open shared object file"),
+                                   ImportError("no torchaudio")])
 def test_no_other_import_error_is_hidden(monkeypatch, error):
     def fails(name):
         raise error
@@ -68,7 +70,8 @@ def test_no_other_import_error_is_hidden(monkeypatch, error):
 
 # ---- files
 
-@pytest.mark.parametrize("name, subtype", [("a.wav", "PCM_16"), ("a.wav", "PCM_24"), ("a.wav", "FLOAT"), ("a.flac", "PCM_16")])
+@pytest.mark.parametrize("name, subtype", [("a.wav", "PCM_16"), ("a.wav", "PCM_24"), ("a.wav", "FLOAT"),
+                                           ("a.flac", "PCM_16")])
 def test_lossless_formats(tmp_path, name, subtype):
     waveform = read_sound(write(tmp_path / name, subtype=subtype), RATE)
     assert waveform.dtype == torch.float32 and np.allclose(waveform, SOUND, atol=1e-4)
@@ -174,14 +177,16 @@ def test_find_sounds(tmp_path):
 
 # ---- pictures
 
-@pytest.mark.parametrize("size, seconds, n_fft", [(128, 4.0, 2048), (64, 4.0, 2048), (256, 4.096, 2048), (128, 1.0, 1024)])
+@pytest.mark.parametrize("size, seconds, n_fft", [(128, 4.0, 2048), (64, 4.0, 2048), (256, 4.096, 2048),
+                                                  (128, 1.0, 1024)])
 def test_equal_to_torchaudio(size, seconds, n_fft):
     processor = LogMel(seconds=seconds, size=size, n_fft=n_fft)
     waveform = torch.from_numpy(np.resize(SOUND, processor.hop * size))
     transforms = load_torchaudio().transforms
     left = (n_fft - processor.hop) // 2
     padded = torch.nn.functional.pad(waveform[None], (left, n_fft - processor.hop - left), mode="reflect")
-    power = transforms.MelSpectrogram(RATE, n_fft, hop_length=processor.hop, n_mels=size, center=False, mel_scale="slaney")
+    power = transforms.MelSpectrogram(RATE, n_fft, hop_length=processor.hop, n_mels=size, center=False,
+                                      mel_scale="slaney")
     level = transforms.AmplitudeToDB("power")(power(padded) / (n_fft / 4)**2).clamp_min(-80)
     assert torch.allclose(processor.tensor(waveform), 1 + level.flip(1) / 40, atol=1e-6, rtol=0)
 
@@ -196,7 +201,8 @@ def test_shapes_padding_and_cutting():
     long = torch.from_numpy(np.resize(SOUND, 5 * RATE))
     assert torch.equal(processor.tensor(long), processor.tensor(long[:4 * RATE]))
     batch = torch.stack([long, long.flip(0)])
-    assert torch.allclose(processor.tensor(batch)[1], processor.tensor(batch[1]), atol=1e-6) and processor.tensor(batch).shape[0] == 2
+    assert processor.tensor(batch).shape[0] == 2
+    assert torch.allclose(processor.tensor(batch)[1], processor.tensor(batch[1]), atol=1e-6)
     assert processor.picture(picture).shape == (128, 128, 3) and processor.picture(picture).dtype == np.uint8
 
 
@@ -213,7 +219,8 @@ def test_statistics_standardise_and_survive_json(tmp_path):
     path = write(tmp_path / "a.wav", subtype="FLOAT")
     fitted = processor.fitted([path, (SOUND, RATE), torch.from_numpy(SOUND)])
     levels = processor.decibels(torch.from_numpy(SOUND))[:, :63]  # the last column holds nothing but silence
-    assert np.allclose(fitted.mean, levels.mean(1), atol=1e-3) and np.allclose(fitted.std, levels.std(1).clamp_min(1), rtol=0.02)
+    assert np.allclose(fitted.mean, levels.mean(1), atol=1e-3)
+    assert np.allclose(fitted.std, levels.std(1).clamp_min(1), rtol=0.02)
     spread = fitted.tensor(torch.from_numpy(SOUND))[0, :, :63].std(1)[torch.tensor(fitted.std) > 1]
     assert len(spread) > 30 and torch.allclose(spread, torch.tensor(1 / 3), rtol=0.02)
     assert LogMel(**json.loads(json.dumps(fitted.config()))) == fitted

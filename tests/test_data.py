@@ -12,10 +12,12 @@ import torch
 from PIL import Image
 
 from adiff.core import InputError
+from adiff.data.dataset import COLUMNS, READERS, Dataset
 from adiff.data.files import find_images
 from adiff.data.images import FULL_FRAME, OFFICIAL, PROTOCOLS, ImageProcessor, read_image, to_array, to_tensor
-from adiff.data.loading import ProcessedFiles, read_ahead, fixed_subset
+from adiff.data.loading import ProcessedFiles, fixed_subset, read_ahead
 from adiff.data.reading import read_dataset
+from adiff.data.sounds import LogMel
 from adiff.data.demo_images import make_demo_data
 
 OFFICIAL_TRAINING = {"bottle": 188, "cable": 202, "capsule": 197, "carpet": 252, "grid": 238, "hazelnut": 352,
@@ -419,34 +421,106 @@ def test_development_data(shared):
     assert len(read_dataset(shared / "data/mvtec_style", "tire").select("test")) == 112
 
 
-# ---- frames for the network
+# ---- processor and canvas
 
-def test_frames_are_read_when_asked_for(tmp_path):
+def test_what_counts_as_one_source():
+    image = np.zeros((8, 8, 3), np.uint8)
+    for one in (image, "a.png", Image.new("L", (8, 8)), torch.zeros(3, 8, 8)):
+        assert len(OFFICIAL.as_list(one)) == 1
+    for two in ([image, image], (image, image), torch.zeros(2, 3, 8, 8)):
+        assert len(OFFICIAL.as_list(two)) == 2
+    sound = (np.zeros(16), 16000)
+    assert LogMel().as_list(sound) == [sound] and len(LogMel().as_list([sound, sound])) == 2
+    for nothing in ([], (), torch.zeros(0, 3, 8, 8)):
+        with pytest.raises(InputError, match="nothing to detect in"):
+            OFFICIAL.as_list(nothing)
+
+
+def test_tensors_are_checked_and_resized():
+    assert OFFICIAL.check(torch.ones(3, 10, 20)).shape == (3, 256, 256)
+    assert LogMel().check(torch.full((1, 10, 20), 5.0)).max() == 5  # a standardised level may be far from normal
+    for wrong in (torch.ones(1, 8, 8), torch.ones(8, 8), torch.full((3, 8, 8), 1.1), torch.full((3, 8, 8), torch.nan),
+                  torch.zeros(3, 0, 8)):
+        with pytest.raises(InputError, match="a tensor must be"):
+            OFFICIAL.check(wrong)
+
+
+def test_an_image_is_drawn_at_its_own_size(tmp_path):
+    Image.fromarray(np.full((60, 90, 3), 100, np.uint8)).save(tmp_path / "a.png")
+    canvas = OFFICIAL.canvas(tmp_path / "a.png", OFFICIAL.windows(tmp_path / "a.png"))
+    tensor = canvas.load(0.0)
+    assert torch.equal(tensor, OFFICIAL.load(tmp_path / "a.png"))
+    (tmp_path / "a.png").unlink()  # read once
+    canvas.add(0.0, tensor, torch.ones(256, 256))
+    canvas.draw(tmp_path / "overlay.png", threshold=0.5, limit=1.0)
+    drawn = np.asarray(Image.open(tmp_path / "overlay.png"))
+    assert drawn.shape == (60, 90, 3) and (drawn[0] == 100).all() and (drawn[30, 45] != 100).any()
+
+
+def test_windows_of_a_sound_are_joined(tmp_path):
+    processor, samples = LogMel(size=32, n_fft=4096), np.random.default_rng(0).normal(0, 0.1, 9 * 16000)
+    canvas = processor.canvas((samples, 16000), processor.windows((samples, 16000)))
+    for number, start in enumerate(canvas.starts):
+        canvas.add(start, canvas.load(start), torch.full((32, 32), float(number)))
+    assert canvas.map.shape == (32, 9 * 8) and canvas.map[0, [0, 16, 32, 71]].tolist() == [0, 1, 2, 3]
+    canvas.draw(tmp_path / "sound.png", threshold=2.0)
+    assert Image.open(tmp_path / "sound.png").width > 500
+
+
+# ---- readers
+
+def test_a_split_table_that_is_named_comes_before_every_reader(tmp_path):
+    make_category(tmp_path / "tire")
+    file = tmp_path / "table.csv"
+    file.write_text("object,split,label,image\ntire,train,normal,tire/train/good/000.png\n")
+    assert len(read_dataset(tmp_path, split_table=file).samples) == 1 < len(read_dataset(tmp_path).samples)
+
+
+def test_readers_are_asked_in_order_before_plain_folders(tmp_path):
+    assert list(READERS)[:3] == ["visa", "mvtec", "urbansound8k"]
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    READERS["mine"] = lambda root, categories: Dataset(
+        root, "mine", pd.DataFrame([("a.png", "nut", "train", 0, "good", "")], columns=COLUMNS))
+    try:
+        assert read_dataset(tmp_path).notes == ["layout read by the installed reader mine"]
+        with pytest.raises(InputError, match="unknown category 'bolt'"):
+            read_dataset(tmp_path, "bolt")
+        READERS["mine"] = lambda root, categories: 3
+        with pytest.raises(InputError, match="the installed reader 'mine' returns no Dataset"):
+            read_dataset(tmp_path)
+    finally:
+        del READERS["mine"]
+    assert "plain folder" in read_dataset(tmp_path).notes[0]
+
+
+# ---- inputs for the network
+
+def test_inputs_are_read_when_asked_for(tmp_path):
     make_category(tmp_path / "tire", train=6)
     dataset = read_dataset(tmp_path)
-    frames = ProcessedFiles(dataset, dataset.select("train"), OFFICIAL.at(32))
-    assert [batch.shape for _, batch in frames.batches(4)] == [(4, 3, 32, 32), (1, 3, 32, 32)]
-    assert frames.row.tolist() == [0, 1, 2, 3, 4]
+    files = ProcessedFiles(dataset, dataset.select("train"), OFFICIAL.at(32))
+    assert [batch.shape for _, batch in files.batches(4)] == [(4, 3, 32, 32), (1, 3, 32, 32)]
+    assert files.row.tolist() == [0, 1, 2, 3, 4]
     (tmp_path / "tire/train/good/000.png").write_text("broken")
     with pytest.raises(InputError, match="000.png"):
-        torch.stack(list(frames))
+        torch.stack(list(files))
 
 
 def reading_threads():
     return [thread for thread in threading.enumerate() if thread.name.startswith("read_ahead")]
 
 
-def test_frames_read_ahead_are_the_same(tmp_path):
+def test_inputs_read_ahead_are_the_same(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (23, 9, 9, 3), np.uint8)
     for index, image in enumerate(noise):
         (tmp_path / "tire/train/good").mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(tmp_path / f"tire/train/good/{index:03}.png")
     dataset = read_dataset(tmp_path)
-    frames = ProcessedFiles(dataset, dataset.select("train"), OFFICIAL.at(32))
+    files = ProcessedFiles(dataset, dataset.select("train"), OFFICIAL.at(32))
     for chosen in (None, torch.tensor([5, 3, 3, 20])):
-        indices, batches = zip(*frames.batches(4, chosen))
-        assert torch.equal(torch.cat(indices), torch.arange(len(frames)) if chosen is None else chosen)
-        assert torch.equal(torch.cat(batches), torch.stack([frames[int(index)] for index in torch.cat(indices)]))
+        indices, batches = zip(*files.batches(4, chosen))
+        assert torch.equal(torch.cat(indices), torch.arange(len(files)) if chosen is None else chosen)
+        assert torch.equal(torch.cat(batches), torch.stack([files[int(index)] for index in torch.cat(indices)]))
         assert not reading_threads()
 
 
@@ -460,7 +534,8 @@ def test_reading_ahead_is_bounded_and_ends():
         assert max(read) <= item + 2
     assert max(read) == 11 and reading_threads()
     batches.close()
-    assert not reading_threads() and list(read_ahead(abs, [])) == [] and list(read_ahead(abs, [("a", [])])) == [("a", [])]
+    assert not reading_threads()
+    assert list(read_ahead(abs, [])) == [] and list(read_ahead(abs, [("a", [])])) == [("a", [])]
 
 
 def test_a_broken_file_is_named_when_its_batch_is_due(tmp_path):

@@ -1,4 +1,4 @@
-"""UrbanSound8K: which clip trains, which tests, and that no recording does both; on a made tree and on the real table."""
+"""UrbanSound8K: which clip trains, which tests, and that no recording does both; a made tree and the real table."""
 import time
 from pathlib import Path
 
@@ -20,7 +20,8 @@ def small_table():
     for fold, number, take, clip in np.ndindex(10, 10, 3, 2):
         recording = 1000 * fold + 10 * number + take
         end = 5 * clip + (1 if CLASSES[number] == "gun_shot" else 3)
-        rows.append([f"{recording}-{number}-0-{clip}.wav", recording, 5 * clip, end, 1, fold + 1, number, CLASSES[number]])
+        name = f"{recording}-{number}-0-{clip}.wav"
+        rows.append([name, recording, 5 * clip, end, 1, fold + 1, number, CLASSES[number]])
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -69,7 +70,8 @@ def test_one_vs_rest_follows_the_folds(tree):
         assert dataset.select("test", category).label.sum() == 54
     assert not samples.duplicated(["path", "category"]).any()
     assert_no_leak(dataset.samples)
-    assert dataset.fingerprint() == read_urbansound8k(tree).fingerprint() != read_urbansound8k(tree, "siren").fingerprint()
+    assert dataset.fingerprint() == read_urbansound8k(tree).fingerprint()
+    assert dataset.fingerprint() != read_urbansound8k(tree, "siren").fingerprint()
     assert (dataset.samples["mask"] == "").all()
 
 
@@ -101,7 +103,7 @@ def test_a_partial_copy_in_any_format_is_read_and_told(tmp_path, suffix):
     assert "1 sound files have no row in the table and are ignored (first audio/fold1/extra.wav)" in notes
     assert (f"stored as {suffix}" in notes) == (suffix != ".wav")
     assert "training: folds 1 and 2; test: fold 10" in notes and "(20 of 120 clips) serve for validation" in notes
-    for category in CLASSES:  # twelve clips of six recordings; a tenth is less than one recording, so the least is taken
+    for category in CLASSES:  # twelve clips of six recordings: a tenth is less than one, so the least is taken
         assert [len(dataset.select(split, category)) for split in ("train", "validation", "test")] == [10, 2, 60]
     assert_no_leak(dataset.samples)
     assert_no_leak(read_urbansound8k(tmp_path, "rare_events").samples)
@@ -159,7 +161,8 @@ def test_a_recording_in_folds_1_and_9_does_not_validate(tmp_path):
     table = small_table()
     table.loc[table.fsID == 8040, "fsID"] = 10  # drilling of fold 9, car horn of fold 1
     dataset = read_urbansound8k(write_tree(tmp_path, table))
-    assert any("fsID 10 has clips in the training folds too: 2 clips of fold 9 are left out" in n for n in dataset.notes)
+    note = "fsID 10 has clips in the training folds too: 2 clips of fold 9 are left out"
+    assert any(note in one for one in dataset.notes)
     assert len(dataset.select("validation", "drilling")) == 4 and len(dataset.select("train", "car_horn")) == 48
     assert not dataset.samples.path.str.contains("/8040-").any()
 
@@ -184,7 +187,8 @@ def test_a_malformed_table_is_refused_in_one_line(tree, tmp_path, change, messag
     assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
 
 
-@pytest.mark.parametrize("content, message", [(None, "no such file"), (b"", "not a CSV table"), (b"\xff\xfe\x00", "not a CSV"),
+@pytest.mark.parametrize("content, message", [(None, "no such file"), (b"", "not a CSV table"),
+                                              (b"\xff\xfe\x00", "not a CSV"),
                                               (b'a,b\n1,2\n3,4,5,6\n', "not a CSV table")])
 def test_an_unreadable_table_is_refused_in_one_line(tmp_path, content, message):
     (tmp_path / "metadata").mkdir()
