@@ -24,7 +24,8 @@ _gpu = {
     "correction": {"kind": "deviation"},
     "discrepancy": {"kind": "deviation"},
     "data": {"image_size": 256},
-    "training": {"unit": "steps", "length": 4000, "warmup": 100, "horizon": None, "learning_rate": 2e-4, "batch_size": 32,
+    "training": {"unit": "steps", "length": 4000, "warmup": 100, "horizon": None, "learning_rate": 2e-4,
+                 "batch_size": 32,
                  "gradient_accumulation_steps": 1, "gradient_clip": 1.0, "ema_decay": 0.999, "mixed_precision": "bf16",
                  "validate_every": 250, "checkpoint_every": 1000},
 }
