@@ -60,8 +60,8 @@ def test_anomalies_score_higher_and_refitting_forgets(build):
     assert torch.equal(twin(latents(8, 1), None, None, None, 6)["anomaly"].amax((1, 2)), normal)
 
 
-@pytest.mark.parametrize("network", [ConvolutionalAutoencoder(1, size=16, base_channels=4, bottleneck_channels=6),
-                                     DenseAutoencoder(size=16, hidden_channels=8)])
+@pytest.mark.parametrize("network", [ConvolutionalAutoencoder(1, height=16, base_channels=4, bottleneck_channels=6),
+                                     DenseAutoencoder(height=16, hidden_channels=8)])
 def test_autoencoders_are_saved(network, tmp_path):
     z = latents(2, shape=(1, 16, 16))
     network(z)  # moves the running statistics of batch normalisation
@@ -80,8 +80,8 @@ def test_schedulers_and_reconstruction_error_are_saved(tmp_path):
     assert torch.allclose(again(z, 0 * z, None, None, 16)["anomaly"], part(z, z, z, 2 * z, 16)["pixel"])
 
 
-@pytest.mark.parametrize("build", [lambda: ConvolutionalAutoencoder(size=16, base_channels=8),
-                                   lambda: DenseAutoencoder(size=16, in_channels=3)])
+@pytest.mark.parametrize("build", [lambda: ConvolutionalAutoencoder(height=16, base_channels=8),
+                                   lambda: DenseAutoencoder(channels=3, height=16)])
 def test_an_autoencoder_learns_through_the_sockets(build):
     torch.manual_seed(0)
     network, forward_process, z0 = build(), IdentityForwardProcess(), 0.3 * latents(8, shape=(3, 16, 16))
@@ -148,7 +148,7 @@ def test_pooled_scores_order_as_scikit_learn(name):
 
 def test_unknown_names_are_refused():
     for build in (lambda: ReconstructionErrorDiscrepancy(power=3), lambda: PooledStatisticsDiscrepancy("svm"),
-                  lambda: ConvolutionalAutoencoder(size=100)):
+                  lambda: ConvolutionalAutoencoder(height=100)):
         with pytest.raises(InputError) as error:
             build()
         assert "\n" not in str(error.value)

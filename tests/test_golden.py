@@ -5,8 +5,7 @@ from safetensors.torch import load_file
 
 from adiff.diffusion.deviation_correction import DeviationCorrection
 from adiff.diffusion.masked import MaskedForwardProcess
-from adiff.scores.deviation import DeviationDiscrepancy
-from adiff.scores.discrepancy import combine_maps
+from adiff.scores.deviation import DeviationDiscrepancy, combine_maps
 from adiff.methods.official import convert_official_checkpoint, convert_official_unet, read_official_checkpoint
 from adiff.networks.class_token_unet import ClassTokenUNet
 
