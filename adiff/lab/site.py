@@ -173,7 +173,7 @@ def sphinx_settings():
     need("sphinx", "myst_nb", "furo", "bs4", "sphinx-mathjax-offline")
     mathjax = Path(str(files("sphinx-mathjax-offline") / "static/mathjax/tex-svg-full.js"))
     return {
-        "extensions": ["myst_nb", "sphinx.ext.mathjax"], "language": "en",
+        "extensions": ["myst_nb", "sphinx.ext.mathjax"], "language": "en", "smartquotes": False,
         "nb_execution_mode": "off", "nb_render_markdown_format": "myst",  # the tables in outputs
         "myst_enable_extensions": ["dollarmath", "amsmath"], "myst_heading_anchors": 3,
         "mathjax_path": mathjax.name, "html_theme": "furo", "html_css_files": ["style.css"],
