@@ -9,7 +9,7 @@ from sklearn.svm import OneClassSVM
 from adiff.diffusion.identity import IdentityForwardProcess, SinglePassCorrection
 from adiff.networks.autoencoders import ConvolutionalAutoencoder, DenseAutoencoder
 from adiff.scores.memories import MahalanobisDiscrepancy, NearestNeighborDiscrepancy, greedy_coreset
-from adiff.scores.pooled import PooledStatisticsDiscrepancy
+from adiff.scores.pooled import PooledStatisticsDiscrepancy, pooled_statistics
 from adiff.scores.reconstruction import ReconstructionErrorDiscrepancy
 from adiff.core import InputError
 
@@ -18,8 +18,8 @@ FITTED = {
     "all channels": lambda: MahalanobisDiscrepancy(12, 6, 6),
     "neighbor": lambda: NearestNeighborDiscrepancy(12, memory_size=50, neighbors=3),
     "memory not full": lambda: NearestNeighborDiscrepancy(12, memory_size=5000, neighbors=3),
-    "one_class_svm": lambda: PooledStatisticsDiscrepancy("one_class_svm", rows=72),
-    "isolation_forest": lambda: PooledStatisticsDiscrepancy("isolation_forest", rows=72),
+    "one-class-svm": lambda: PooledStatisticsDiscrepancy(12, 6, "one-class-svm"),
+    "isolation-forest": lambda: PooledStatisticsDiscrepancy(12, 6, "isolation-forest"),
 }
 
 
@@ -134,20 +134,20 @@ def test_greedy_coreset_covers():
     assert sorted(greedy_coreset(points, 100).tolist()) == list(range(52))
 
 
-@pytest.mark.parametrize("name", ["one_class_svm", "isolation_forest"])
+@pytest.mark.parametrize("name", ["one-class-svm", "isolation-forest"])
 def test_pooled_scores_order_as_scikit_learn(name):
-    part = PooledStatisticsDiscrepancy(name, rows=72)
+    part = PooledStatisticsDiscrepancy(12, 6, name)
     part.fit([latents(40)])
     z = latents(20, seed=1) * torch.linspace(0.5, 2, 20).view(-1, 1, 1, 1)
-    train, test = (part.statistics(one).double().numpy() for one in (latents(40), z))
+    train, test = (pooled_statistics(one).double().numpy() for one in (latents(40), z))
     scaler = StandardScaler().fit(train)
-    estimator = {"one_class_svm": OneClassSVM(nu=0.1), "isolation_forest": IsolationForest(random_state=0)}[name]
+    estimator = {"one-class-svm": OneClassSVM(nu=0.1), "isolation-forest": IsolationForest(random_state=0)}[name]
     expected = -estimator.fit(scaler.transform(train)).decision_function(scaler.transform(test))
     assert (np.argsort(part.score(z).numpy()) == np.argsort(expected.astype(np.float32))).mean() > 0.8
 
 
 def test_unknown_names_are_refused():
-    for build in (lambda: ReconstructionErrorDiscrepancy(power=3), lambda: PooledStatisticsDiscrepancy("svm"),
+    for build in (lambda: ReconstructionErrorDiscrepancy(power=3), lambda: PooledStatisticsDiscrepancy(12, 6, "svm"),
                   lambda: ConvolutionalAutoencoder(height=100)):
         with pytest.raises(InputError) as error:
             build()

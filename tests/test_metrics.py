@@ -10,7 +10,8 @@ from scipy.ndimage import gaussian_filter, label
 from scipy.stats import hmean
 from sklearn import metrics as reference
 
-from adiff import metrics
+from adiff.scores import metrics
+from adiff.scores.pixel_counts import bootstrap_weights, counted_metrics, counted_pro_curve, pixel_counts, weighted_image_metrics
 from adiff.core import InputError
 
 IMAGE_NAMES = (*metrics.METRIC_NAMES[:3], "image_pauc")
@@ -248,31 +249,31 @@ def test_ranges_of_scores_change_nothing(monkeypatch, held, kind, values):
     limit = rng.uniform(0.01, 1)
     expected = [reference.roc_auc_score(*flat), reference.average_precision_score(*flat), f1_max(*flat),
                 brute_force_aupro(masks, maps, 0.3)]
-    whole = metrics.pro_curve(masks, maps), metrics.pixel_counts(masks, maps)
+    whole = metrics.pro_curve(masks, maps), pixel_counts(masks, maps)
     monkeypatch.setattr(metrics, "_held", held)
     for given in ((masks, maps), (Lazy(masks), Lazy(maps))):
         found = metrics.pixel_metrics(*given)
         assert [found[name] for name in PIXEL_NAMES] == pytest.approx(expected, abs=1e-12)
         assert metrics.aupro(*given, limit) == pytest.approx(brute_force_aupro(masks, maps, limit), abs=1e-12)
         assert np.allclose(metrics.pro_curve(*given), whole[0], rtol=0, atol=1e-12)
-        assert all(map(np.array_equal, metrics.pixel_counts(*given), whole[1]))
+        assert all(map(np.array_equal, pixel_counts(*given), whole[1]))
 
 
 @pytest.mark.parametrize("bins", [1000, 100])
 def test_counts_from_many_ranges_are_as_near(monkeypatch, bins):
     masks, maps = synthetic(1, number=30)
-    one_range = metrics.counted_metrics(metrics.pixel_counts(masks, maps, bins))
+    one_range = counted_metrics(pixel_counts(masks, maps, bins))
     monkeypatch.setattr(metrics, "_held", 100)
     assert len(list(metrics._corner_ranges(masks, maps))) > 20
-    counts, exact = metrics.pixel_counts(masks, maps, bins), metrics.pixel_metrics(masks, maps)
-    found = metrics.counted_metrics(counts)
+    counts, exact = pixel_counts(masks, maps, bins), metrics.pixel_metrics(masks, maps)
+    found = counted_metrics(counts)
     assert counts.normal.shape[1] <= bins
     assert max(abs(found[name] - exact[name]) for name in PIXEL_NAMES) < max(1 / bins, 1.2 * max(
         abs(one_range[name] - exact[name]) for name in PIXEL_NAMES))
 
 
 def test_what_can_be_read_only_once_is_refused():
-    for function in (metrics.pixel_metrics, metrics.aupro, metrics.pro_curve, metrics.pixel_counts, metrics.official_aupro):
+    for function in (metrics.pixel_metrics, metrics.aupro, metrics.pro_curve, pixel_counts, metrics.official_aupro):
         with pytest.raises(InputError, match="only once"):
             function(MASKS, iter(MAPS))
 
@@ -281,7 +282,7 @@ MEMORY = """
 import resource
 import sys
 import numpy as np
-from adiff import metrics
+from adiff.scores import metrics
 
 class Images:
     def __init__(self, number, masks):
@@ -326,12 +327,12 @@ def synthetic(seed, number=12, side=48):
 @pytest.mark.parametrize("seed", range(4))
 def test_counted_metrics_are_near_the_exact_ones_for_any_resample(seed):
     masks, maps = synthetic(seed)
-    counts = metrics.pixel_counts(masks, maps)
+    counts = pixel_counts(masks, maps)
     exact = metrics.pixel_metrics(masks, maps)
-    assert [metrics.counted_metrics(counts)[name] for name in PIXEL_NAMES] == pytest.approx([exact[name] for name in PIXEL_NAMES], abs=1e-3)
+    assert [counted_metrics(counts)[name] for name in PIXEL_NAMES] == pytest.approx([exact[name] for name in PIXEL_NAMES], abs=1e-3)
     assert counts.normal.shape[1] <= 1000 and counts.normal.sum() + counts.anomalous.sum() == masks.size
-    weights = metrics.bootstrap_weights(masks.any((1, 2)), 5, seed)
-    found = metrics.counted_metrics(counts, weights)
+    weights = bootstrap_weights(masks.any((1, 2)), 5, seed)
+    found = counted_metrics(counts, weights)
     for row, weight in enumerate(weights):
         drawn = np.repeat(np.arange(len(masks)), weight)
         exact = metrics.pixel_metrics(masks[drawn], maps[drawn])
@@ -344,9 +345,9 @@ def test_counts_of_few_distinct_values_lose_nothing(seed):
     masks = rng.random((3, 9, 11)) < 0.2
     maps = np.round(rng.random(masks.shape) + 0.5 * masks, seed % 3)
     maps = (100 * maps).astype(int) if seed % 2 else maps
-    counts, exact = metrics.pixel_counts(masks, maps), metrics.pixel_metrics(masks, maps)
-    assert [metrics.counted_metrics(counts)[name] for name in PIXEL_NAMES] == pytest.approx([exact[name] for name in PIXEL_NAMES], abs=1e-6)
-    assert metrics.area_up_to(*metrics.counted_pro_curve(counts), 0.3) == pytest.approx(exact["aupro"], abs=1e-6)
+    counts, exact = pixel_counts(masks, maps), metrics.pixel_metrics(masks, maps)
+    assert [counted_metrics(counts)[name] for name in PIXEL_NAMES] == pytest.approx([exact[name] for name in PIXEL_NAMES], abs=1e-6)
+    assert metrics.area_up_to(*counted_pro_curve(counts), 0.3) == pytest.approx(exact["aupro"], abs=1e-6)
 
 
 def test_counts_of_the_official_map(shared):
@@ -354,20 +355,20 @@ def test_counts_of_the_official_map(shared):
 
     golden = load_file(shared / "golden" / "official_deco" / "golden.safetensors")
     mask, found = golden["aupro_mask"], golden["map_out_anomaly_geometric"]
-    exact, counted = metrics.pixel_metrics(mask, found), metrics.counted_metrics(metrics.pixel_counts(mask, found))
+    exact, counted = metrics.pixel_metrics(mask, found), counted_metrics(pixel_counts(mask, found))
     assert [counted[name] for name in PIXEL_NAMES] == pytest.approx([exact[name] for name in PIXEL_NAMES], abs=1e-3)
 
 
 def test_a_resample_without_a_kind_is_undefined_and_counts_need_both():
     masks, maps = synthetic(0)
-    counts = metrics.pixel_counts(masks, maps)
+    counts = pixel_counts(masks, maps)
     weights = np.stack([np.arange(12) % 3 == 0, np.ones(12)])  # normal images only
-    for name, values in metrics.counted_metrics(counts, weights).items():
-        assert np.isnan(values[0]) and values[1] == pytest.approx(metrics.counted_metrics(counts)[name]), name
-    found = metrics.weighted_image_metrics([0, 1, 1], [0.1, 0.2, 0.05], [[0, 1, 1], [2, 1, 0]])
+    for name, values in counted_metrics(counts, weights).items():
+        assert np.isnan(values[0]) and values[1] == pytest.approx(counted_metrics(counts)[name]), name
+    found = weighted_image_metrics([0, 1, 1], [0.1, 0.2, 0.05], [[0, 1, 1], [2, 1, 0]])
     assert all(np.isnan(values[0]) and values[1] == 1 for values in found.values())
     with pytest.raises(InputError, match="no anomalous pixel"):
-        metrics.pixel_counts(masks[:1], maps[:1])
+        pixel_counts(masks[:1], maps[:1])
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -375,10 +376,10 @@ def test_weights_are_repetitions_of_images(seed):
     rng = np.random.default_rng(seed)
     labels = np.append(rng.integers(0, 2, 20), [0, 1])
     scores = np.round(rng.random(22) + 0.3 * labels, 1)
-    weights = metrics.bootstrap_weights(labels, 4, seed)
+    weights = bootstrap_weights(labels, 4, seed)
     assert (weights @ labels == labels.sum()).all() and (weights.sum(1) == 22).all()
-    assert (weights == metrics.bootstrap_weights(labels, 4, seed)).all()
-    found = metrics.weighted_image_metrics(labels, scores, weights)
+    assert (weights == bootstrap_weights(labels, 4, seed)).all()
+    found = weighted_image_metrics(labels, scores, weights)
     for row, weight in enumerate(weights):
         drawn = np.repeat(np.arange(22), weight)
         exact = metrics.image_metrics(labels[drawn], scores[drawn])

@@ -17,7 +17,8 @@ from PIL import Image
 from scipy.ndimage import label as label_regions
 from sklearn import metrics as reference
 
-from adiff import metrics
+from adiff.scores import metrics
+from adiff.scores.pixel_counts import counted_metrics, pixel_counts, weighted_image_metrics
 from adiff.data.sounds import LogMel, read_sound
 from adiff.codecs.pixels import PixelCodec
 from adiff.codecs.wavelets import WaveletCodec
@@ -241,7 +242,7 @@ def test_weights_are_repetitions(made, most, seed):
     labels, scores = made
     weights = np.random.default_rng(seed).integers(0, most + 1, len(labels))
     repeated = metrics.image_metrics(np.repeat(labels, weights), np.repeat(scores, weights)) if weights.sum() else {}
-    found = metrics.weighted_image_metrics(labels, scores, weights[None])
+    found = weighted_image_metrics(labels, scores, weights[None])
     for name in IMAGE:
         wanted = repeated.get(name)
         assert np.isnan(found[name][0]) if wanted is None else found[name][0] == pytest.approx(wanted, abs=1e-9), name
@@ -318,7 +319,7 @@ def test_pixel_metrics_depend_on_the_order_only(made, seed):
 @given(judged())
 def test_counts_of_tiny_maps_are_exact(made):
     masks, maps = made
-    exact, counted = metrics.pixel_metrics(masks, maps), metrics.counted_metrics(metrics.pixel_counts(masks, maps))
+    exact, counted = metrics.pixel_metrics(masks, maps), counted_metrics(pixel_counts(masks, maps))
     for name, value in counted.items():
         assert value == pytest.approx(exact[name], abs=1e-6), name
 
