@@ -203,7 +203,8 @@ _templates = {
     "figures": """
 {% if page %}<p class="notes"><a href="{{ page }}">The notebook that drew them.</a></p>{% endif %}
 {% for figure in figures %}<figure>
-<a href="{{ figure.picture }}"><img src="{{ figure.picture }}" alt="{{ figure.name }}"></a><figcaption>{{ figure.caption }}
+<a href="{{ figure.picture }}"><img src="{{ figure.picture }}" alt="{{ figure.name }}"></a>
+<figcaption>{{ figure.caption }}
 {%- if figure.vector %} <a href="{{ figure.vector }}">SVG</a>{% endif %}</figcaption></figure>
 {% endfor %}""",
     "runs": """
