@@ -135,16 +135,16 @@ def _checked(section: str, model: type[BaseModel], values: Any) -> Any:
         path = ".".join([section, *map(str, first["loc"])])
         if first["type"] == "extra_forbidden":
             names = ", ".join(sorted(f"{section}.{name}" for name in model.model_fields))
-            raise InputError(f"unknown override {path!r}; known: {names}{_meant(str(first['loc'][0]))}") from None
+            raise InputError(f"unknown override {path!r}; known: {names}{_meant(str(first['loc'][0]), section)}") from None
         raise InputError(f"override {path!r}: {first['msg'].lower()}, got {first['input']!r}") from None
 
 
-def _meant(name: str) -> str:
+def _meant(name: str, here: str = "") -> str:
     "A hint for a setting that another section has."
     models = {"data": [DataConfig], "training": [TrainingConfig],
               **{socket: [section_model(socket, kind) for kind in kinds.shipped] for socket, kinds in SOCKETS.items()}}
     homes = [section for section, those in models.items()
-             if name != "kind" and any(name in one.model_fields for one in those)]
+             if section != here and name != "kind" and any(name in one.model_fields for one in those)]
     return f"; did you mean {' or '.join(f'{home}.{name}' for home in homes)}?" if homes else ""
 
 # %% ../../nbs/methods/00_configuration.ipynb #947dd38d
@@ -167,6 +167,18 @@ def _still_known(socket: str, settings: dict[str, Any], kind: Any) -> dict[str, 
         return settings
     known = section_model(socket, kind).model_fields
     return {name: value for name, value in settings.items() if name in known}
+
+# %% ../../nbs/methods/00_configuration.ipynb #5c9f893c
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    "A JSON object in which no key stands twice."
+    names = [name for name, _ in pairs]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"{min(twice)!r} is there twice")
+    return dict(pairs)
 
 # %% ../../nbs/methods/00_configuration.ipynb #04573e25
 def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
@@ -211,18 +223,6 @@ def parse_overrides(text: str | dict | None) -> dict[str, Any]:
 
 
 _example = "'{\"codec\": {\"kind\": \"taef2\"}}'"
-
-# %% ../../nbs/methods/00_configuration.ipynb #5c9f893c
-def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
-
-
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    "A JSON object in which no key stands twice."
-    names = [name for name, _ in pairs]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise ValueError(f"{min(twice)!r} is there twice")
-    return dict(pairs)
 
 # %% ../../nbs/methods/00_configuration.ipynb #3febc3b6
 def make_processor(data: DataConfig, dataset: Dataset) -> Processor:
