@@ -1,11 +1,10 @@
-"""The same maths as the package's, written down plainly from the papers: what test_benchmark.py holds detections and
-metrics against.
+"""The same maths as the package's, written down plainly from the papers: what test_benchmark.py compares detections with.
+
 Nothing here is slow on purpose, and nothing is clever.
 """
 import math
 
 import numpy as np
-import skimage.measure
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
@@ -65,20 +64,3 @@ def plain_resize(one_map, size):
     "A map (h, w) resized to (size, size) bilinearly, mirrored beyond the edge."
     at = [(np.arange(size) + 0.5) * length / size - 0.5 for length in one_map.shape]
     return map_coordinates(one_map, np.meshgrid(*at, indexing="ij"), order=1, mode="mirror").clip(0, 1)
-
-
-def plain_aupro(masks, maps, fpr_limit=0.3, count=200):
-    """AUPRO of masks bool (N, H, W) and maps (N, H, W), a threshold at a time, as the code that is passed around does
-    it.
-    At each of `count` thresholds: find the regions of every mask, look how much of each is above, and how many normal
-    pixels are.
-"""
-    fpr, pro = [], []
-    for threshold in np.linspace(maps.min(), maps.max(), count, endpoint=False)[::-1]:
-        above = maps > threshold
-        pro.append(np.mean([above[(image, *region.coords.T)].mean() for image, mask in enumerate(masks)
-                            for region in skimage.measure.regionprops(skimage.measure.label(mask))]))
-        fpr.append((above & ~masks).sum() / (~masks).sum())
-    fpr, pro = np.array(fpr), np.array(pro)
-    inside = fpr < fpr_limit
-    return float(np.trapezoid(pro[inside], fpr[inside]) / fpr[inside].max())

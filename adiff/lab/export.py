@@ -90,7 +90,8 @@ def trace(detector, inputs):
             if len(detector.config.categories) > 1:
                 program = torch.export.export(graph, (inputs, labels), dynamic_shapes=(batch, batch), strict=False)
                 given = program.graph.find_nodes(op="placeholder")
-                if any(node.users for node in given if node.name == "class_labels"):
+                uses = [user.target for node in given if node.name == "class_labels" for user in node.users]
+                if any("sym_size" not in str(use) for use in uses):  # more than how many there are
                     return program
             return torch.export.export(graph, (inputs,), dynamic_shapes=(batch,), strict=False)
     except Exception as error:  # tracers fail in many ways
