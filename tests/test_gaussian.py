@@ -145,7 +145,7 @@ def test_parts_are_saved_and_loaded(tmp_path, z0):
     (PartialNoisingCorrection, dict(strength=1.01), r"\(0, 1\]"),
     (PartialNoisingCorrection, dict(strength=float("nan")), r"\(0, 1\]"),
     (PartialNoisingCorrection, dict(num_inference_steps=0), "from 1 to t"),
-    (PartialNoisingCorrection, dict(num_inference_steps=251), "from 1 to t"),
+    (PartialNoisingCorrection, dict(num_inference_steps=301), "from 1 to t"),
     (PartialNoisingCorrection, dict(strength=0.0001, num_inference_steps=1), "from 1 to t"),
     (PartialNoisingCorrection, dict(num_seeds=0), "num_seeds"),
 ])
