@@ -50,7 +50,7 @@ class _AutoencoderCodec(Codec):
         "The codec around the autoencoder in `source`, a folder in diffusers' format or a hub id."
         autoencoder = load_diffusers(cls.kind, source)
         public = {key: value for key, value in dict(autoencoder.config).items() if not key.startswith("_")}
-        codec = cls(public)  # type: ignore[call-arg] # of the subclasses
+        codec = cls(public)
         codec.autoencoder = autoencoder
         return codec
 

@@ -15,7 +15,7 @@ from diffusers import ConfigMixin, ModelMixin
 from ..core import InputError
 
 # %% ../../nbs/codecs/00_codec.ipynb #41fcf3ba
-def _channel_moments(batches):
+def _channel_moments(batches: Iterable[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     "Mean and standard deviation (C,), float64, of every channel over an iterable of tensors (N, C, h, w)."
     count, total, squares = 0, torch.zeros(()), torch.zeros(())
     for batch in batches:

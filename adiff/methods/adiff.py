@@ -7,7 +7,7 @@ then its presets."""
 __all__ = ['ADIFF_PRESETS', 'ADIFF_SOUNDS', 'SHORT_EVENTS', 'DDPM_PRESETS', 'SIMPLEX_PRESETS']
 
 # %% ../../nbs/methods/02_adiff.ipynb #2c180b9f
-_cpu = {
+_cpu: dict[str, dict] = {
     "codec": {"kind": "wavelet", "latent_scale": "measured"},
     "forward": {"kind": "gaussian", "prediction_type": "v_prediction"},
     "network": {"kind": "multiscale-unet", "size": "nano"},
@@ -45,7 +45,7 @@ ADIFF_PRESETS = {
 }
 
 # %% ../../nbs/methods/02_adiff.ipynb #636dff36
-ADIFF_SOUNDS = {
+ADIFF_SOUNDS: dict[str, dict] = {
     "correction": {"strength": 0.65, "num_seeds": 4},
     "discrepancy": {"scales": [1, 4, 8], "semantic_weight": 0.2, "top_share": 0.2},
 }

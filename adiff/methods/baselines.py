@@ -11,8 +11,8 @@ _copied = {"forward": {"kind": "identity"}, "correction": {"kind": "single-pass"
 _training = {"unit": "steps", "length": 500, "warmup": 20, "horizon": None, "learning_rate": 1e-3, "batch_size": 16,
              "gradient_accumulation_steps": 1, "validate_every": 50, "checkpoint_every": 250}
 
-# %% ../../nbs/methods/03_baselines.ipynb #33ba393d
-AUTOENCODER_PRESETS = {"cpu": {
+# %% ../../nbs/methods/03_baselines.ipynb #cd5955ed
+AUTOENCODER_PRESETS: dict[str, dict] = {"cpu": {
     **_copied,
     "codec": {"kind": "wavelet", "levels": 0},
     "network": {"kind": "autoencoder"},
@@ -21,8 +21,8 @@ AUTOENCODER_PRESETS = {"cpu": {
     "training": _training,
 }}
 
-# %% ../../nbs/methods/03_baselines.ipynb #c18f55fe
-DENSE_AUTOENCODER_PRESETS = {"cpu": {
+# %% ../../nbs/methods/03_baselines.ipynb #b0341e6a
+DENSE_AUTOENCODER_PRESETS: dict[str, dict] = {"cpu": {
     **_copied,
     "codec": {"kind": "wavelet", "levels": 0},
     "network": {"kind": "dense-autoencoder"},

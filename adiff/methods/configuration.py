@@ -49,7 +49,7 @@ _shared = {"num_train_timesteps", "beta_schedule", "prediction_type", "noise"}
 # %% ../../nbs/methods/00_configuration.ipynb #daa223d1
 def part_arguments(part: Callable) -> dict[str, tuple[Any, Any]]:
     "Name -> (type, default) of every argument with a default of a `part` (a class or function), from its signature."
-    function = part.__init__ if inspect.isclass(part) else part  # type: ignore[misc]
+    function = part.__init__ if inspect.isclass(part) else part
     types = get_type_hints(inspect.unwrap(function), include_extras=True)
     return {name: (types.get(name, Any), parameter.default)
             for name, parameter in inspect.signature(part).parameters.items()
@@ -65,7 +65,7 @@ def section_model(socket: str, kind: str) -> type[BaseModel]:
     part = SOCKETS[socket][kind] if kind in SOCKETS[socket] else None
     hidden = SUPPLIED | (_shared if socket == "correction" else set())
     own = {name: field for name, field in part_arguments(part).items() if name not in hidden} if part else {}
-    kinds: Any = Literal[kind]  # type: ignore[valid-type]
+    kinds: Any = Literal[kind]
     fields: dict[str, Any] = {"kind": (kinds, kind), **own, **_common.get(socket, {})}
     return create_model(f"{socket}: {kind}", __config__=_strict, **fields)
 
@@ -109,7 +109,7 @@ def configure(values: dict[str, Any], seed: int = 0) -> DetectorConfig:
     for name in values:
         if name not in known:
             raise InputError(f"unknown override {name!r}; known: {', '.join(sorted(known))}{_meant(name)}")
-    sections = {name: _checked_section(name, values.get(name)) for name in SOCKETS}
+    sections: dict[str, Any] = {name: _checked_section(name, values.get(name)) for name in SOCKETS}
     return DetectorConfig(**sections, data=_checked("data", DataConfig, values.get("data") or {}),
                           training=_checked("training", TrainingConfig, values.get("training") or {}), seed=seed)
 
@@ -135,13 +135,14 @@ def _checked(section: str, model: type[BaseModel], values: Any) -> Any:
         path = ".".join([section, *map(str, first["loc"])])
         if first["type"] == "extra_forbidden":
             names = ", ".join(sorted(f"{section}.{name}" for name in model.model_fields))
-            raise InputError(f"unknown override {path!r}; known: {names}{_meant(str(first['loc'][0]), section)}") from None
+            hint = _meant(str(first["loc"][0]), section)
+            raise InputError(f"unknown override {path!r}; known: {names}{hint}") from None
         raise InputError(f"override {path!r}: {first['msg'].lower()}, got {first['input']!r}") from None
 
 
 def _meant(name: str, here: str = "") -> str:
     "A hint for a setting that another section has."
-    models = {"data": [DataConfig], "training": [TrainingConfig],
+    models: dict[str, list] = {"data": [DataConfig], "training": [TrainingConfig],
               **{socket: [section_model(socket, kind) for kind in kinds.shipped] for socket, kinds in SOCKETS.items()}}
     homes = [section for section, those in models.items()
              if section != here and name != "kind" and any(name in one.model_fields for one in those)]

@@ -23,10 +23,10 @@ from ..scores.deviation import DeviationDiscrepancy
 
 # %% ../../nbs/methods/04_official.ipynb #63c0b3b6
 OFFICIAL_CATEGORIES = {
-    15: ("capsule", "bottle", "grid", "leather", "metal_nut", "tile", "transistor", "zipper", "cable", "carpet", "hazelnut",
-         "pill", "screw", "toothbrush", "wood"),
-    12: ("candle", "cashew", "fryum", "macaroni2", "pcb2", "pcb4", "capsules", "chewinggum", "macaroni1", "pcb1", "pcb3",
-         "pipe_fryum"),
+    15: ("capsule", "bottle", "grid", "leather", "metal_nut", "tile", "transistor", "zipper", "cable", "carpet",
+         "hazelnut", "pill", "screw", "toothbrush", "wood"),
+    12: ("candle", "cashew", "fryum", "macaroni2", "pcb2", "pcb4", "capsules", "chewinggum", "macaroni1", "pcb1",
+         "pcb3", "pipe_fryum"),
 }
 
 # %% ../../nbs/methods/04_official.ipynb #cf0991a7
@@ -47,7 +47,8 @@ def read_official_checkpoint(path: AnyPath) -> dict[str, torch.Tensor]:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except _refusals as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
-        raise InputError(f"{path}: refused, not a checkpoint of plain tensors ({reason}); nothing in it was run") from None
+        raise InputError(f"{path}: refused, not a checkpoint of plain tensors ({reason}); "
+                         "nothing in it was run") from None
     weights = checkpoint.get("model") if isinstance(checkpoint, dict) else None
     if not isinstance(weights, dict) or any(not isinstance(weights.get(key), torch.Tensor) for key in _needed):
         raise InputError(f"{path}: not in the official DeCo-Diff layout; "
@@ -56,7 +57,7 @@ def read_official_checkpoint(path: AnyPath) -> dict[str, torch.Tensor]:
 
 # %% ../../nbs/methods/04_official.ipynb #4b5e4f11
 def _known_size(weights: dict[str, torch.Tensor]) -> dict[str, int]:
-    "The arguments of `ClassTokenUNet` that the shapes of official `weights` tell. Raises `InputError` for an unknown size."
+    "The arguments of `ClassTokenUNet` that the shapes of official `weights` tell. Raises `InputError` if unknown."
     if [weights[key].ndim for key in _needed] != [2, 2, 4]:
         raise InputError(f"official checkpoint: {', '.join(_needed)} have not 2, 2 and 4 axes")
     token, time, first = (weights[key].shape for key in _needed)
@@ -86,10 +87,10 @@ def convert_official_unet(weights: dict[str, torch.Tensor]) -> ClassTokenUNet:
 
 # %% ../../nbs/methods/04_official.ipynb #a017b941
 def convert_official_checkpoint(path: AnyPath, out: AnyPath, codec: str | None = "sd-vae-ft-ema") -> ClassTokenUNet:
-    """Writes the official checkpoint `path` as a detector folder `out` with the named `codec`; returns the `ClassTokenUNet`.
+    """Writes the official checkpoint `path` as a detector folder `out` with the named `codec`; returns the network.
 
-    With `codec` None the network alone is written (`ClassTokenUNet.from_pretrained` opens it). Raises `InputError` if the
-    checkpoint is refused, the codec's weights are not found, or `out` exists; nothing is written then.
+    With `codec` None the network alone is written (`ClassTokenUNet.from_pretrained` opens it). Raises `InputError` if
+    the checkpoint is refused, the codec's weights are not found, or `out` exists; nothing is written then.
     """
     network = convert_official_unet(read_official_checkpoint(path))
     whole = network

@@ -36,9 +36,9 @@ class Method:
     conditional: bool = False
     divisible: bool = False
 
-# %% ../../nbs/methods/05_registry.ipynb #39fb0fec
+# %% ../../nbs/methods/05_registry.ipynb #525f6a90
 # a clip is judged by a share of its map
-_clips = {"discrepancy": {"top_share": ADIFF_SOUNDS["discrepancy"]["top_share"]}}
+_clips: dict[str, dict] = {"discrepancy": {"top_share": ADIFF_SOUNDS["discrepancy"]["top_share"]}}
 
 METHODS = Extensible("method", {
     "deco": Method(DECO_DIFF_PRESETS, DECO_DIFF_SOUNDS, conditional=True, divisible=True),

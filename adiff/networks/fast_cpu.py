@@ -8,6 +8,7 @@ __all__ = ['FAST_NETWORKS', 'Pointwise', 'Convolution', 'FastNetwork', 'FastClas
 # %% ../../nbs/networks/04_fast_cpu.ipynb #41c38c90
 import copy
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,11 +64,11 @@ class Convolution(_Packable, nn.Conv2d):
         return self._convolve(x, self.weight, self.stride, self.padding) if _suits_onednn(x) else super().forward(x)
 
 # %% ../../nbs/networks/04_fast_cpu.ipynb #5167f097
-def _onednn_layer(layer):
+def _onednn_layer(layer: Any) -> Any:
     "The layer of oneDNN for a layer of torch, with the same parameters; None if there is none."
     bias = getattr(layer, "bias", None) is not None
     if type(layer) is nn.Linear:
-        ours = Pointwise(layer.in_features, layer.out_features, bias, device="meta")
+        ours: Any = Pointwise(layer.in_features, layer.out_features, bias, device="meta")
     elif type(layer) is nn.Conv2d and layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros":
         ours = Convolution(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
                            bias=bias, device="meta")

@@ -14,7 +14,6 @@ import numpy as np
 
 from ..core import AnyPath, read_json, write_json
 from ..data.reading import read_dataset
-from ..methods.registry import resolve_config
 from .evaluate import evaluate, summary
 from .fit import check_same_run, describe_run, fit
 
@@ -28,7 +27,6 @@ def run_each(method: str, data_root: AnyPath, out_dir: AnyPath, preset: str = "c
     Arguments as in `fit`. Returns the joint metrics, in the form that `evaluate` returns; with several categories they
     are also written to `out_dir`/metrics.json. Evaluated runs are not repeated with `resume`.
     """
-    resolve_config(method, preset, overrides, seed)
     names = read_dataset(data_root, categories, split_table).categories
     results = []
     for name, run in zip(names, run_folders(out_dir, {"categories": names})):

@@ -26,7 +26,7 @@ from ..data.reading import read_dataset
 from ..detector.pipeline import AnomalyDetector
 from ..extensions import extension_versions
 from ..machine import use_machine
-from ..methods.configuration import DetectorConfig, build_detector, make_processor
+from ..methods.configuration import DetectorConfig, build_detector, configure, make_processor
 from ..methods.registry import METHODS, resolve_config
 from ..training.checkpoints import load_checkpoint
 from ..training.processes import count_processes, launched_processes, run_in_processes, worker_main
@@ -36,7 +36,8 @@ from ..training.train import train, watched_normals
 def describe_run(method: str, data_root: AnyPath, preset: str, categories: str | Sequence[str], seed: int,
                  overrides: dict | None, split_table: AnyPath | None) -> tuple[dict[str, Any], DetectorConfig, Dataset]:
     "What makes a run the run it is (a dict), its full configuration, and its dataset. Raises `InputError`."
-    resolve_config(method, preset, overrides, seed)  # report a misspelt name before the data are read
+    kind = METHODS[method].files[0] if method in METHODS else "image"
+    resolve_config(method, preset, overrides, seed, kind)  # report a misspelt name before the data are read
     dataset = read_dataset(data_root, categories, split_table)
     config = resolve_config(method, preset, overrides, seed, dataset.kind)
     about = {"name": dataset.name, "root": str(Path(data_root).resolve()), "categories": dataset.categories,
@@ -49,9 +50,19 @@ def describe_run(method: str, data_root: AnyPath, preset: str, categories: str |
 def check_same_run(run: AnyPath, record: dict[str, Any]) -> None:
     "Raises `InputError` if the run folder `run` holds another run than `record` describes."
     before = read_json(Path(run) / "config.json")
+    before["parameters"] = _completed(before.get("parameters"))
     changed = [key for key in record if record[key] != before.get(key)]
     if changed:
         raise InputError(f"{run}: holds a run with another {', '.join(changed)}; choose another out_dir")
+
+
+def _completed(parameters: Any) -> Any:
+    "The `parameters` of an older run with the defaults of settings that are new; unchanged if they are not valid now."
+    try:
+        settings = {key: value for key, value in parameters.items() if key != "seed"}
+        return configure(settings, parameters["seed"]).model_dump(mode="json")
+    except (InputError, AttributeError, KeyError):
+        return parameters
 
 
 def clear_up(run: AnyPath) -> None:

@@ -13,7 +13,7 @@ from ..core import unknown_name
 
 # %% ../../nbs/runs/07_notebook_parameters.ipynb #dbefc4c1
 def check_parameters(namespace: dict[str, Any], before: Iterable[str], known: Iterable[str]) -> None:
-    "Raises `InputError` if `namespace` (a notebook's globals()) holds names that are neither in `before` nor in `known`."
+    "Raises `InputError` if `namespace`, a notebook's globals(), holds names neither in `before` nor in `known`."
     unknown = sorted(name for name in set(namespace) - set(before) - set(known) if not name.startswith("_"))
     if unknown:
         raise unknown_name("parameter", unknown[0], known)
