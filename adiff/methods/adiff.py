@@ -32,7 +32,7 @@ _gpu = {
 }
 
 # %% ../../nbs/methods/02_adiff.ipynb #f194d0a0
-ADIFF_PRESETS = {
+ADIFF_PRESETS: dict[str, dict] = {
     "cpu": _cpu,
     "cpu-taef2": {**_cpu, "codec": {"kind": "taef2", "latent_scale": "measured"}, "data": {"image_size": 128}},
     "gpu": _gpu,
@@ -54,7 +54,7 @@ ADIFF_SOUNDS: dict[str, dict] = {
 SHORT_EVENTS = {"correction": {"strength": 0.35}, "discrepancy": {"top_share": 0.0}}
 
 # %% ../../nbs/methods/02_adiff.ipynb #29823fdd
-DDPM_PRESETS = {"cpu": {
+DDPM_PRESETS: dict[str, dict] = {"cpu": {
     **_cpu,
     "codec": {"kind": "pixels", "levels": 0, "latent_scale": "given"},
     "network": {"kind": "multiscale-unet", "size": "nano", "attention_levels": [], "wavelet_sampling": False},

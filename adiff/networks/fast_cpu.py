@@ -70,8 +70,8 @@ def _onednn_layer(layer: Any) -> Any:
     if type(layer) is nn.Linear:
         ours: Any = Pointwise(layer.in_features, layer.out_features, bias, device="meta")
     elif type(layer) is nn.Conv2d and layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros":
-        ours = Convolution(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
-                           bias=bias, device="meta")
+        shape: dict[str, Any] = dict(kernel_size=layer.kernel_size, stride=layer.stride, padding=layer.padding)
+        ours = Convolution(layer.in_channels, layer.out_channels, **shape, bias=bias, device="meta")
     else:
         return None
     ours.weight, ours.bias = layer.weight, layer.bias
