@@ -6,8 +6,8 @@ import torch
 from adiff.data.images import OFFICIAL
 from adiff.data.loading import ProcessedFiles
 from adiff.data.reading import read_dataset
-from adiff.methods.deco_diff import DECO_DIFF_PRESETS, DeCoDiffConfig, build_deco_diff
-from adiff.detector.configuration import checked
+from adiff.methods.configuration import build_detector
+from adiff.methods.registry import resolve_config
 from adiff.training.train import train
 
 
@@ -16,14 +16,14 @@ def trained(shared, tmp_path_factory):
     "A detector after 120 updates on real bottles, in TAEF2 latents of 96-pixel images."
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ADIFF_WEIGHTS", str(shared / "weights"))
-        config = checked(DeCoDiffConfig, {**DECO_DIFF_PRESETS["cpu"], "codec": "taef2", "image_size": 96, "length": 120,
-                                          "learning_rate": 1e-3, "augmentations": [], "validate_every": 120})
+        config = resolve_config("deco", "cpu-taef2", {"data": {"image_size": 96}, "training": {
+            "length": 120, "learning_rate": 1e-3, "augmentations": [], "validate_every": 120}})
         dataset = read_dataset(shared / "data" / "mvtec_ad", "bottle")
-        detector = build_deco_diff(config, dataset.categories, OFFICIAL)
+        detector = build_detector(config, dataset.categories, OFFICIAL)
         images = ProcessedFiles(dataset, dataset.select("train").iloc[:32], detector.processor)
         with torch.no_grad():
             detector.codec.fit_scale([detector.resize(torch.stack(list(images)))])
-        return detector, dataset, train(detector, dataset, config, device="cpu")
+        return detector, dataset, train(detector, dataset, config.training, device="cpu")
 
 
 def test_loss_falls_below_the_trivial_predictor(trained):
@@ -35,9 +35,9 @@ def test_loss_falls_below_the_trivial_predictor(trained):
 
 def test_a_pasted_defect_stands_out_and_the_rest_hardly_moves(trained):
     detector, dataset, _ = trained
-    processor = ProcessedFiles(dataset, dataset.select("validation").iloc[:1], detector.processor)[0][None]
-    defective = processor.clone()
-    defective[..., 40:90, 40:90] = -processor[..., 40:90, 40:90]
+    normal = ProcessedFiles(dataset, dataset.select("validation").iloc[:1], detector.processor)[0][None]
+    defective = normal.clone()
+    defective[..., 40:90, 40:90] = -normal[..., 40:90, 40:90]
     labels = detector.class_labels("bottle", 1)
     maps, _ = detector.detect_batch(defective, labels)
     row, column = np.unravel_index(int(maps["anomaly"][0].argmax()), maps["anomaly"].shape[1:])

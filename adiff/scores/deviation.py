@@ -100,7 +100,7 @@ class DeviationDiscrepancy(Discrepancy):
         "Whether a level other than \"latent\" is used."
         return set(self.config.levels) != {"latent"}
 
-    def forward(self, z, corrected, reference, reconstruction, size, network=None):
+    def forward(self, z, corrected, reference, reconstruction, size):
         """All maps as a dict, each (N, size, size) in [0, 1]: one per level, and "anomaly", their combination.
 
         Without a decoder the pixel and feature levels are left out; raises `InputError` if no other is left.

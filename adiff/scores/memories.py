@@ -19,7 +19,7 @@ from .discrepancy import Discrepancy, resize_and_smooth
 
 # %% ../../nbs/scores/04_memories.ipynb #24cd2ba5
 def gaussian_at_each_place(batches, regularization):
-    """Number of samples, mean (locations, d) and inverse Cholesky factor (locations, d, d) of the covariance, per location.
+    """Number of samples; mean (locations, d) and inverse Cholesky factor (locations, d, d) of the covariance.
 
     `batches`: an iterable of features (locations, n, d). `regularization` is added to the covariance's diagonal. Raises
     `InputError` if there is none.
@@ -81,7 +81,7 @@ class MahalanobisDiscrepancy(Discrepancy):
         for buffer, value in zip((self.count, self.mean, self.whitening), found):
             buffer.copy_(torch.as_tensor(value))
 
-    def forward(self, z, corrected, reference, reconstruction, size, network=None):
+    def forward(self, z, corrected, reference, reconstruction, size):
         "Maps \"mahalanobis\" and \"anomaly\" (the same), (N, size, size), at least 0; only `z` is looked at."
         if not self.count:
             raise not_fitted(self)
@@ -109,7 +109,7 @@ def greedy_coreset(points, count, generator=None):
 
 # %% ../../nbs/scores/04_memories.ipynb #2e700e69
 def even_draw(batches, most, generator):
-    "At most `most` rows, all equally likely, of an iterable of `batches` (n, d); never holds more than one batch beside them."
+    "At most `most` rows, all equally likely, of an iterable of `batches` (n, d), read one by one."
     rows, keys = torch.empty(0), torch.empty(0)
     for new in batches:
         keys = torch.cat([keys, torch.rand(len(new), generator=generator)])
@@ -159,7 +159,7 @@ class NearestNeighborDiscrepancy(Discrepancy):
         self.memory.zero_()[:len(chosen)] = chosen.to(self.memory)
         self.count.fill_(len(chosen))
 
-    def forward(self, z, corrected, reference, reconstruction, size, network=None):
+    def forward(self, z, corrected, reference, reconstruction, size):
         "Maps \"neighbor\" and \"anomaly\" (the same), (N, size, size), at least 0; only `z` is looked at."
         if not self.count:
             raise not_fitted(self)

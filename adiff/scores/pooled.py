@@ -77,6 +77,6 @@ class PooledStatisticsDiscrepancy(Discrepancy):
             answers = (answers / self._estimator[-1].dual_coef_.sum()).clamp(min=1e-300).log()
         return -answers.to(z)
 
-    def forward(self, z, corrected, reference, reconstruction, size, network=None):
+    def forward(self, z, corrected, reference, reconstruction, size):
         "The flat map \"anomaly\" (N, size, size), at least 0; only `z` is looked at."
         return {"anomaly": self.score(z).view(-1, 1, 1).repeat(1, size, size)}

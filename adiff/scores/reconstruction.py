@@ -33,7 +33,7 @@ class ReconstructionErrorDiscrepancy(Discrepancy):
             raise unknown_name("power", power, (1, 2))
         self.register_buffer("exponent", torch.tensor(float(power)))  # a module of diffusers must hold a tensor
 
-    def forward(self, z, corrected, reference, reconstruction, size, network=None):
+    def forward(self, z, corrected, reference, reconstruction, size):
         "Maps \"pixel\" and \"anomaly\" (the same), (N, size, size), at least 0; arguments as in `Discrepancy`."
         if reference is None:
             reference, reconstruction = z, corrected

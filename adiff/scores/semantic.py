@@ -15,7 +15,7 @@ from pydantic import Field
 
 from ..codecs.backbones import BACKBONES, FrozenFeatures
 from ..core import InputError, unknown_name
-from .discrepancy import Discrepancy, cosine_discrepancy, gaussian_smooth, mirror_resize, resize_and_smooth
+from .discrepancy import Discrepancy, cosine_discrepancy, resize_and_smooth
 
 # %% ../../nbs/scores/02_semantic.ipynb #76b1e49a
 def multiscale_difference(a, b, scales=(1, 2, 4)):
@@ -95,7 +95,7 @@ class SemanticDiscrepancy(Discrepancy):
         self.register_buffer("mean", torch.zeros(2, grid, grid))  # of the reconstruction term and of the semantic one
         self.register_buffer("std", torch.ones(2, grid, grid))
 
-    def forward(self, z, corrected, reference, reconstruction, size, network=None):
+    def forward(self, z, corrected, reference, reconstruction, size):
         """The maps as a dict, each (N, size, size): "reconstruction" and "semantic", smoothed, and "anomaly".
 
         Without a decoder latents are compared; then raises `InputError` if there is a semantic term.
@@ -115,7 +115,7 @@ class SemanticDiscrepancy(Discrepancy):
         return {**maps, "anomaly": anomaly}
 
     def fit_normalization(self, maps):
-        "Takes mean and standard deviation per cell from `maps`: an iterable of `forward`'s answers for held-out normals."
+        "Takes mean and standard deviation per cell from `maps`, `forward`'s answers for held-out normals."
         known = "reconstruction", "semantic"
         terms = (torch.stack([torch.as_tensor(one[name]).cpu() for name in known if name in one]) for one in maps)
         count, local, power = cell_moments(terms, self.config.grid)
