@@ -92,8 +92,9 @@ def test_broken_packages_are_findings(tmp_path):
 
 def test_extras(tmp_path, monkeypatch):
     "What of an extra is missing is one finding, which says how to install it; no command of the core is concerned."
-    installed = doctor._installed
-    monkeypatch.setattr(doctor, "_installed", lambda name: None if name in ("papermill", "psutil") else installed(name))
+    asked = {None: ["torch"], "lab": ["papermill", "psutil", "pyarrow"], "export": ["onnx"]}
+    monkeypatch.setattr(doctor, "_requirements", lambda: asked)
+    monkeypatch.setattr(doctor, "_installed", lambda name: None if name in ("papermill", "psutil") else "1.0")
     found = {finding.what: finding for finding in doctor._extras(tmp_path) + doctor._memory(tmp_path)}
     assert found["adiff[lab]"].state == "missing" and found["adiff[lab]"].detail == "not installed: papermill, psutil"
     assert "reproduce" in found["adiff[lab]"].meaning and found["adiff[lab]"].remedy == "pip install 'adiff[lab]'"
