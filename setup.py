@@ -8,7 +8,8 @@ from setuptools.command.build_py import build_py
 
 here = Path(__file__).parent
 # What of nbs/ ships with the package, below adiff/lab in a wheel (adiff.lab.matrix.shipped finds it there or in nbs/).
-shipped = ["experiments/*.ipynb", "experiments/published.csv", "experiments/matrices/*.yaml", "_site/style.css", "_site/runs.js"]
+shipped = ["experiments/*.ipynb", "experiments/published.csv", "experiments/matrices/*.yaml",
+           "_site/style.css", "_site/runs.js"]
 settings = ConfigParser(delimiters=["="])
 settings.read(here / "settings.ini", encoding="utf-8")
 settings = settings["DEFAULT"]

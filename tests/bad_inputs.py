@@ -1307,7 +1307,8 @@ def corpus_table():
              "parameter, exit code 2, nothing written and nothing changed; in Python an `InputError`. *Handled*: used "
              "as the table says.", "",
              "`tests/test_bad_inputs.py` makes and tries every row on the command line, in Python and, where a "
-             "notebook takes such a thing, in the notebooks of experiments. `tests/bad_inputs.py` is the source of this page.",
+             "notebook takes such a thing, in the notebooks of experiments. `tests/bad_inputs.py` is the source of "
+            "this page.",
              "",
              "Our CSV files hold text as it is: a file with the name `=1+1` has that name in `scores.csv`, as pandas "
              "writes it and reads it back. Open a table of names that you do not trust in a spreadsheet by its import "

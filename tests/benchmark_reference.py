@@ -1,6 +1,6 @@
-"""The same maths as the package's, written down plainly from the papers: what test_benchmark.py compares detections with.
+"""The same maths as the package's, written down plainly from the papers.
 
-Nothing here is slow on purpose, and nothing is clever.
+test_benchmark.py compares detections with it. Nothing here is slow on purpose, and nothing is clever.
 """
 import math
 

@@ -10,7 +10,8 @@ import soundfile
 import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a script, where no child would hear Ctrl-C
+# as in the background of a script, where no child would hear Ctrl-C
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -39,7 +40,7 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def urban_tree():
-    "A function that writes a tiny tree like UrbanSound8K's to a folder: two classes, training folds 1 and 2, test fold 10."
+    "A function that writes a tiny tree like UrbanSound8K's: two classes, training folds 1 and 2, test fold 10."
     def write(root):
         rows, generator = [], np.random.default_rng(0)
         for number, (fold, name, class_id) in enumerate((f, n, c) for f in (1, 2, 10) for n,
@@ -48,9 +49,10 @@ def urban_tree():
             rows.append((file, 1000 + number, 0, 1.5, 1, fold, class_id, name))
             path = root / f"audio/fold{fold}" / file
             path.parent.mkdir(parents=True, exist_ok=True)
-            soundfile.write(path, generator.normal(0, 0.1, 24000) * np.sin(np.arange(24000) / (50 if class_id == 3 else 9)), 16000)
+            tone = np.sin(np.arange(24000) / (50 if class_id == 3 else 9))
+            soundfile.write(path, generator.normal(0, 0.1, 24000) * tone, 16000)
         (root / "metadata").mkdir()
-        pd.DataFrame(rows, columns=["slice_file_name", "fsID", "start", "end", "salience", "fold", "classID", "class"]).to_csv(
-            root / "metadata/UrbanSound8K.csv", index=False)
+        columns = ["slice_file_name", "fsID", "start", "end", "salience", "fold", "classID", "class"]
+        pd.DataFrame(rows, columns=columns).to_csv(root / "metadata/UrbanSound8K.csv", index=False)
         return root
     return write

@@ -278,7 +278,8 @@ def test_broken_saved_folders_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("make, size, channels", [
-    (lambda: load_codec("wavelet", levels=2, image_channels=1), 64, (1,)), (lambda: load_codec("pixels", levels=0), 240, (3,)),
+    (lambda: load_codec("wavelet", levels=2, image_channels=1), 64, (1,)),
+    (lambda: load_codec("pixels", levels=0), 240, (3,)),
     (lambda: load_codec("features"), 240, (1, 3)), (lambda: make_codec("taef2"), 128, (3,)),
 ])
 def test_each_codec_names_a_suitable_size(make, size, channels):
@@ -323,7 +324,8 @@ def test_the_hubs_cache_comes_second(no_weights, monkeypatch, tmp_path, images):
     codec = make_codec("kl")
     codec.autoencoder.save_pretrained(tmp_path / "cached")
     monkeypatch.setenv("ADIFF_WEIGHTS", str(tmp_path))
-    monkeypatch.setattr("adiff.codecs.load.try_to_load_from_cache", lambda repository, file: str(tmp_path / "cached" / file))
+    monkeypatch.setattr("adiff.codecs.load.try_to_load_from_cache",
+                        lambda repository, file: str(tmp_path / "cached" / file))
     assert torch.equal(load_codec("sd-vae-ft-mse").encode(images), codec.encode(images))
 
 

@@ -1,4 +1,4 @@
-"""DeCo-Diff's checklist that needs a trained network: a defect is found, and the rest of the latent stays where it is."""
+"""DeCo-Diff's checklist that needs a trained network: a defect is found, the rest of the latent stays where it is."""
 import numpy as np
 import pytest
 import torch

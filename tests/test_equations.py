@@ -7,8 +7,8 @@ import pytest
 
 NOTEBOOKS = Path(__file__).parent.parent/"nbs"
 PAGE = (NOTEBOOKS/"equations.md").read_text(encoding="utf-8")
-ROW = re.compile(r"\| (?P<what>[^|]+) \| (?P<equation>.+) \| \[(?P<name>[^\]]+)\]\((?P<notebook>[^)]+)\) \| `(?P<cell>\w+)` "
-                 r"\| (?:`(?P<function>[\w.]+)` )?\| `(?P<line>[^`]+)` \|")
+ROW = re.compile(r"\| (?P<what>[^|]+) \| (?P<equation>.+) \| \[(?P<name>[^\]]+)\]\((?P<notebook>[^)]+)\) "
+                 r"\| `(?P<cell>\w+)` \| (?:`(?P<function>[\w.]+)` )?\| `(?P<line>[^`]+)` \|")
 rows = [match.groupdict() for line in PAGE.splitlines() if (match := ROW.fullmatch(line))]
 
 

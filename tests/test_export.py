@@ -67,8 +67,8 @@ DETECTORS = {  # name -> a function that builds a small detector
     "deco": lambda: deco(WaveletCodec(), ("pixel", "latent", "feature"), ("brick", "coffee")),
     "deco, taef2": lambda: deco(load_codec("taef2"), ("pixel", "latent")),
     "adiff": lambda: adiff(WaveletCodec(), SemanticDiscrepancy.pretrained(input_size=64), 64, top_share=0.01),
-    "adiff, sounds": lambda: adiff(WaveletCodec(image_channels=1), SemanticDiscrepancy.pretrained(input_size=64), 64, (1,),
-                                   protocol=LogMel(size=64, seconds=2.0)),
+    "adiff, sounds": lambda: adiff(WaveletCodec(image_channels=1), SemanticDiscrepancy.pretrained(input_size=64), 64,
+                                   (1,), protocol=LogMel(size=64, seconds=2.0)),
     "ddpm": lambda: adiff(PixelCodec(0), SemanticDiscrepancy(semantic_weight=0.0, scales=(1,)), 32, (1,), 2, 2,
                           protocol="full_frame"),
     "autoencoder": autoencoder,
@@ -207,8 +207,8 @@ def test_what_cannot_be_a_graph_is_refused(tmp_path):
     codec = FeatureCodec.pretrained(depths=(4, 10))
     knn = AnomalyDetector(codec, None, None, None, NearestNeighborDiscrepancy(codec.latent_channels, 20), image_size=64)
     knn.discrepancy.fit([torch.randn(2, codec.latent_channels, 8, 8)])
-    svm = AnomalyDetector(PixelCodec(0, 1), None, None, None, PooledStatisticsDiscrepancy(channels=1, height=64), image_size=64,
-                          protocol=LogMel(size=64, seconds=2.0))
+    svm = AnomalyDetector(PixelCodec(0, 1), None, None, None, PooledStatisticsDiscrepancy(channels=1, height=64),
+                          image_size=64, protocol=LogMel(size=64, seconds=2.0))
     svm.discrepancy.fit([torch.randn(9, 1, 64, 64)])
     for detector in (knn, svm):
         with pytest.raises(InputError,

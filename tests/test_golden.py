@@ -1,4 +1,4 @@
-"""Parity with values computed by the official DeCo-Diff code (float32, CPU), within the tolerances stated beside them."""
+"""Parity with values computed by the official DeCo-Diff code (float32, CPU), within the tolerances beside them."""
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -57,8 +57,8 @@ def test_correction(golden, network, steps):
 
 
 def test_maps(golden):
-    maps = DeviationDiscrepancy()(golden["map_in_latent"], golden["map_in_latent_corrected"], golden["map_in_reference"],
-                                  golden["map_in_reconstruction"], 256)
+    maps = DeviationDiscrepancy()(golden["map_in_latent"], golden["map_in_latent_corrected"],
+                                  golden["map_in_reference"], golden["map_in_reconstruction"], 256)
     close(maps["pixel"], golden["map_out_image_discrepancy"], 1e-3)
     close(maps["latent"], golden["map_out_latent_discrepancy"], 1e-3)
     close(maps["anomaly"], golden["map_out_anomaly_geometric"], 1e-3)

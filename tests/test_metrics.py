@@ -1,4 +1,4 @@
-"""The metrics against scikit-learn, a brute-force AUPRO, the official code's value, in little memory, and what must be refused."""
+"""The metrics against scikit-learn, a brute-force AUPRO and the official code's value; memory, and what is refused."""
 import subprocess
 import sys
 import tracemalloc
@@ -11,7 +11,8 @@ from scipy.stats import hmean
 from sklearn import metrics as reference
 
 from adiff.scores import metrics
-from adiff.scores.pixel_counts import bootstrap_weights, counted_metrics, counted_pro_curve, pixel_counts, weighted_image_metrics
+from adiff.scores.pixel_counts import (bootstrap_weights, counted_metrics, counted_pro_curve, pixel_counts,
+                                       weighted_image_metrics)
 from adiff.core import InputError
 
 IMAGE_NAMES = (*metrics.METRIC_NAMES[:3], "image_pauc")
@@ -92,7 +93,8 @@ def test_partial_auroc_by_its_formula():
     area = 0.1 * metrics.area_up_to(fpr, tpr, 0.1)
     expected = (1 + (area - 0.005) / (0.1 - 0.005)) / 2
     assert metrics.image_metrics(labels, scores)["image_pauc"] == pytest.approx(expected, abs=1e-12)
-    for scores, value in ((labels, 1), (labels * 0, 0.5), (-labels, (1 - 0.005 / 0.095) / 2)):  # perfect, blind, reversed
+    # perfect, blind, reversed
+    for scores, value in ((labels, 1), (labels * 0, 0.5), (-labels, (1 - 0.005 / 0.095) / 2)):
         assert metrics.image_metrics(labels, scores)["image_pauc"] == pytest.approx(value, abs=1e-12)
 
 
@@ -329,14 +331,16 @@ def test_counted_metrics_are_near_the_exact_ones_for_any_resample(seed):
     masks, maps = synthetic(seed)
     counts = pixel_counts(masks, maps)
     exact = metrics.pixel_metrics(masks, maps)
-    assert [counted_metrics(counts)[name] for name in PIXEL_NAMES] == pytest.approx([exact[name] for name in PIXEL_NAMES], abs=1e-3)
+    expected = [exact[name] for name in PIXEL_NAMES]
+    assert [counted_metrics(counts)[name] for name in PIXEL_NAMES] == pytest.approx(expected, abs=1e-3)
     assert counts.normal.shape[1] <= 1000 and counts.normal.sum() + counts.anomalous.sum() == masks.size
     weights = bootstrap_weights(masks.any((1, 2)), 5, seed)
     found = counted_metrics(counts, weights)
     for row, weight in enumerate(weights):
         drawn = np.repeat(np.arange(len(masks)), weight)
         exact = metrics.pixel_metrics(masks[drawn], maps[drawn])
-        assert [found[name][row] for name in PIXEL_NAMES] == pytest.approx([exact[name] for name in PIXEL_NAMES], abs=1.5e-3)
+        expected = [exact[name] for name in PIXEL_NAMES]
+        assert [found[name][row] for name in PIXEL_NAMES] == pytest.approx(expected, abs=1.5e-3)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -346,7 +350,8 @@ def test_counts_of_few_distinct_values_lose_nothing(seed):
     maps = np.round(rng.random(masks.shape) + 0.5 * masks, seed % 3)
     maps = (100 * maps).astype(int) if seed % 2 else maps
     counts, exact = pixel_counts(masks, maps), metrics.pixel_metrics(masks, maps)
-    assert [counted_metrics(counts)[name] for name in PIXEL_NAMES] == pytest.approx([exact[name] for name in PIXEL_NAMES], abs=1e-6)
+    expected = [exact[name] for name in PIXEL_NAMES]
+    assert [counted_metrics(counts)[name] for name in PIXEL_NAMES] == pytest.approx(expected, abs=1e-6)
     assert metrics.area_up_to(*counted_pro_curve(counts), 0.3) == pytest.approx(exact["aupro"], abs=1e-6)
 
 
@@ -383,4 +388,5 @@ def test_weights_are_repetitions_of_images(seed):
     for row, weight in enumerate(weights):
         drawn = np.repeat(np.arange(22), weight)
         exact = metrics.image_metrics(labels[drawn], scores[drawn])
-        assert [found[name][row] for name in IMAGE_NAMES] == pytest.approx([exact[name] for name in IMAGE_NAMES], abs=1e-12)
+        expected = [exact[name] for name in IMAGE_NAMES]
+        assert [found[name][row] for name in IMAGE_NAMES] == pytest.approx(expected, abs=1e-12)

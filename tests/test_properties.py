@@ -43,9 +43,8 @@ def noise(shape, seed, dtype=torch.float32):
 
 # ---- pictures
 
-MODES = {"1": bool, "L": np.uint8, "LA": np.uint8, "P": np.uint8, "RGB": np.uint8, "RGBA": np.uint8, "CMYK": np.uint8, "YCbCr": np.uint8,
-         "LAB": np.uint8,
-         "HSV": np.uint8, "I": np.int32, "I;16": np.uint16, "F": np.float32}
+MODES = {"1": bool, "L": np.uint8, "LA": np.uint8, "P": np.uint8, "RGB": np.uint8, "RGBA": np.uint8, "CMYK": np.uint8,
+         "YCbCr": np.uint8, "LAB": np.uint8, "HSV": np.uint8, "I": np.int32, "I;16": np.uint16, "F": np.float32}
 
 
 @st.composite
@@ -57,7 +56,8 @@ def pictures(draw):
         low, high = draw(st.sampled_from([(0, 1), (0, 2), (-1, 1), (0, math.nan)]))
         return Image.fromarray((rng.random(size[::-1]) * (high - low) + low).astype(np.float32))
     if mode == "I":
-        return Image.fromarray(rng.integers(*draw(st.sampled_from([(0, 65536), (0, 70000), (-5, 255)])), size[::-1], np.int32))
+        low, high = draw(st.sampled_from([(0, 65536), (0, 70000), (-5, 255)]))
+        return Image.fromarray(rng.integers(low, high, size[::-1], np.int32))
     if mode == "I;16":
         return Image.fromarray(rng.integers(0, 65536, size[::-1], np.uint16))
     return Image.frombytes(mode, size, rng.bytes(len(Image.new(mode, size).tobytes())))
@@ -78,7 +78,8 @@ def test_any_picture_becomes_a_frame_or_is_refused(picture, protocol):
     assert mask.shape == (protocol.size, protocol.size) and mask.dtype == bool
 
 
-@given(arrays.arrays(st.sampled_from([np.bool_, np.uint8, np.uint16, np.int16, np.int64, np.float16, np.float32, np.float64]),
+@given(arrays.arrays(st.sampled_from([np.bool_, np.uint8, np.uint16, np.int16, np.int64, np.float16, np.float32,
+                                      np.float64]),
                      arrays.array_shapes(min_dims=1, max_dims=4, min_side=0, max_side=6)))
 def test_any_array_becomes_a_picture_or_is_refused(values):
     try:
@@ -92,7 +93,8 @@ def test_any_array_becomes_a_picture_or_is_refused(values):
 
 
 @given(st.binary(max_size=300),
-       st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"GIF89a", b"II*\0", b"BM", b"RIFF\0\0\0\0WEBP"]))
+       st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"GIF89a", b"II*\0", b"BM",
+                        b"RIFF\0\0\0\0WEBP"]))
 def test_any_bytes_are_a_picture_or_refused(tmp_path, content, start):
     (tmp_path / "x.png").write_bytes(start + content)
     try:
@@ -121,7 +123,8 @@ def test_a_map_is_placed_where_its_frame_was(resize, data, width, height):
         assert np.array_equal(ones.max(axis=1 - axis) > 0, inside & bool(ones.any()))
     values = np.random.default_rng(0).random((protocol.size,) * 2)
     placed = protocol.place(values, (width, height))
-    assert placed[ones > 0].size == 0 or values.min() - 1e-6 <= placed[ones > 0].min() and placed.max() <= values.max() + 1e-6
+    assert placed[ones > 0].size == 0 or (values.min() - 1e-6 <= placed[ones > 0].min()
+                                          and placed.max() <= values.max() + 1e-6)
     if (width, height) == (protocol.size,) * 2 and resize == protocol.size:
         assert np.allclose(placed, values)
 
@@ -186,19 +189,22 @@ def test_shuffling_moves_whole_patches_and_changes_no_value(batch, channels, hei
     assert torch.equal(patches(shuffled)[order], patches(latents)[patches(latents)[:, 0].argsort()])
 
 
-@given(st.integers(1, 6), st.integers(1, 4), st.integers(2, 32), st.sampled_from(["batch", "image"]), st.integers(2, 30), SEEDS)
+@given(st.integers(1, 6), st.integers(1, 4), st.integers(2, 32), st.sampled_from(["batch", "image"]),
+       st.integers(2, 30), SEEDS)
 def test_what_is_corrupted_is_the_direction_times_its_step(batch, channels, side, per, steps, seed):
     sizes, probabilities = official_patches(side)
     process = MaskedForwardProcess(steps, sizes, probabilities, patch_size_per=per)
     z0 = noise((batch, channels, side, side), seed)
     drawn = process.sample(z0, torch.Generator().manual_seed(seed))
-    assert drawn.mask.shape == (batch, 1, side, side) and set(drawn.mask.unique().tolist()) <= {0.0, 1.0}  # one mask for all channels
+    assert drawn.mask.shape == (batch, 1, side, side)  # one mask for all channels
+    assert set(drawn.mask.unique().tolist()) <= {0.0, 1.0}
     assert drawn.timesteps.min() >= 0 and drawn.timesteps.max() < steps
     s = (1 - process.alphas_cumprod[drawn.timesteps]).sqrt().view(-1, 1, 1, 1)
     assert torch.allclose(drawn.noisy - z0, s * drawn.target, atol=1e-4)
     kept = drawn.mask.expand_as(z0) > 0
     assert torch.equal(drawn.noisy[kept], z0[kept]) and not drawn.target[kept].any()
-    assert (1 - drawn.mask).mean((1, 2, 3)).max() <= 1 and torch.isfinite(drawn.noisy).all() and torch.isfinite(drawn.target).all()
+    assert (1 - drawn.mask).mean((1, 2, 3)).max() <= 1
+    assert torch.isfinite(drawn.noisy).all() and torch.isfinite(drawn.target).all()
 
 
 @given(SEEDS, st.lists(st.integers() | st.text(max_size=8), max_size=2))
@@ -234,7 +240,8 @@ def test_image_metrics_are_the_reference_and_depend_on_the_order_only(made, seed
     ranks = np.unique(scores, return_inverse=True)[1]  # any rising function of the scores has these ranks
     assert values(metrics.image_metrics(labels, ranks**3 + 7.0)) == pytest.approx(values(found))
     assert metrics.image_metrics(labels, -ranks)["image_auroc"] == pytest.approx(1 - found["image_auroc"])
-    assert found["image_f1_max"] >= 2 * labels.mean() / (1 + labels.mean()) - 1e-12  # what calling everything anomalous reaches
+    # at least what calling everything anomalous reaches
+    assert found["image_f1_max"] >= 2 * labels.mean() / (1 + labels.mean()) - 1e-12
 
 
 @given(ranked(12), st.integers(1, 5), SEEDS)
@@ -251,7 +258,8 @@ def test_weights_are_repetitions(made, most, seed):
 @given(st.integers(0, 1), st.lists(st.floats(-10, 10), min_size=1, max_size=9))
 def test_one_kind_alone_is_undefined_with_a_reason(kind, scores):
     found = metrics.image_metrics([kind] * len(scores), scores)
-    assert [found[name] for name in IMAGE] == [None] * 4 and len(found["notes"]) == 4 and all("no " in note for note in found["notes"])
+    assert [found[name] for name in IMAGE] == [None] * 4
+    assert len(found["notes"]) == 4 and all("no " in note for note in found["notes"])
     masks, maps = np.full((1, 1, len(scores)), kind), np.array(scores)[None, None]
     found = metrics.pixel_metrics(masks, maps)
     assert [found[name] for name in metrics.METRIC_NAMES[3:]] == [None] * 4 and len(found["notes"]) == 4
@@ -265,7 +273,8 @@ def judged(draw):
     count, height, width = draw(st.integers(1, 3)), draw(st.integers(1, 6)), draw(st.integers(2, 6))
     masks = draw(arrays.arrays(bool, (count, height, width)))
     assume(masks.any() and not masks.all())
-    maps = draw(arrays.arrays(np.float32, masks.shape, elements=draw(st.sampled_from([st.integers(0, 3), st.floats(-5, 5, width=32)]))))
+    elements = draw(st.sampled_from([st.integers(0, 3), st.floats(-5, 5, width=32)]))
+    maps = draw(arrays.arrays(np.float32, masks.shape, elements=elements))
     return masks, maps
 
 
@@ -276,8 +285,8 @@ def values(found):
 
 def brute_force_aupro(masks, maps, limit):
     "The definition: every value as a threshold, every region by itself."
-    regions = [(image, regions == number) for image, mask in enumerate(masks) for regions, count in [label_regions(mask, np.ones((3, 3)))]
-               for number in range(1, count + 1)]
+    regions = [(image, regions == number) for image, mask in enumerate(masks)
+               for regions, count in [label_regions(mask, np.ones((3, 3)))] for number in range(1, count + 1)]
     fpr, pro = [0.0], [0.0]
     for threshold in np.unique(maps)[::-1]:
         fpr.append((maps >= threshold)[~masks].mean())
@@ -327,14 +336,16 @@ def test_counts_of_tiny_maps_are_exact(made):
 # ---- sounds
 
 
-@given(st.integers(1, 3), st.floats(0.0001, 2), st.sampled_from([8000, 16000, 22050, 44100, 48000, 11025, 96000, 7919]), st.floats(0, 1),
-       SEEDS)
+@given(st.integers(1, 3), st.floats(0.0001, 2),
+       st.sampled_from([8000, 16000, 22050, 44100, 48000, 11025, 96000, 7919]), st.floats(0, 1), SEEDS)
 @settings(max_examples=25)
 def test_any_sound_becomes_a_finite_picture(channels, seconds, rate, loudness, seed):
-    samples = np.random.default_rng(seed).uniform(-loudness, loudness, (max(channels, math.ceil(seconds * rate)), channels))
+    length = max(channels, math.ceil(seconds * rate))
+    samples = np.random.default_rng(seed).uniform(-loudness, loudness, (length, channels))
     processor = LogMel(seconds=1.0, size=50)
     pictures = [processor.load((samples, rate), window) for window in processor.windows((samples, rate))]
-    assert all(picture.shape == (1, 50, 50) and picture.isfinite().all() and picture.min() >= -1 for picture in pictures)
+    assert all(picture.shape == (1, 50, 50) for picture in pictures)
+    assert all(picture.isfinite().all() and picture.min() >= -1 for picture in pictures)
     waveform = read_sound((samples, rate), 16000)
     assert abs(len(waveform) - len(samples) * 16000 / rate) <= 2 and waveform.isfinite().all()
     starts = processor.windows((samples, rate))
@@ -342,7 +353,8 @@ def test_any_sound_becomes_a_finite_picture(channels, seconds, rate, loudness, s
     assert starts[-1] + 1.0 >= len(samples) / rate - 1 / 16000
 
 
-@given(st.binary(max_size=200), st.sampled_from([b"", b"RIFF\x24\0\0\0WAVEfmt \x10\0\0\0\x01\0", b"OggS", b"fLaC", b"ID3", b"FORM"]))
+@given(st.binary(max_size=200),
+       st.sampled_from([b"", b"RIFF\x24\0\0\0WAVEfmt \x10\0\0\0\x01\0", b"OggS", b"fLaC", b"ID3", b"FORM"]))
 def test_any_bytes_are_a_sound_or_refused(tmp_path, content, start):
     (tmp_path / "x.wav").write_bytes(start + content)
     try:
@@ -353,8 +365,8 @@ def test_any_bytes_are_a_sound_or_refused(tmp_path, content, start):
 
 # ---- tables
 
-NAMES = st.text(st.characters(codec="utf-8", exclude_categories=("C", "Z"), exclude_characters="/\\"), min_size=1, max_size=12).filter(
-    lambda name: name not in (".", "..") and not name.startswith("."))
+NAMES = st.text(st.characters(codec="utf-8", exclude_categories=("C", "Z"), exclude_characters="/\\"),
+                min_size=1, max_size=12).filter(lambda name: name not in (".", "..") and not name.startswith("."))
 
 
 @given(st.dictionaries(NAMES, st.tuples(st.sampled_from(["train", "val", "test"]), NAMES), min_size=1, max_size=8))
@@ -377,9 +389,11 @@ def test_split_tables_say_what_was_written(tmp_path_factory, rows):
     assert pd.read_csv(root / "again.csv", dtype=str, keep_default_na=False).equals(samples.astype(str))
 
 
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(
-    st.characters(codec="utf-8")),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(st.characters(codec="utf-8"), max_size=5), inner, max_size=3),
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(codec="utf-8")),
+    lambda inner: (st.lists(inner, max_size=3)
+                   | st.dictionaries(st.text(st.characters(codec="utf-8"), max_size=5), inner, max_size=3)),
     max_leaves=8)
 
 

@@ -1,4 +1,4 @@
-"""Frozen features and what is measured with them, across the parts: saved in a detector's folder, frozen, normalised."""
+"""Frozen features and what is measured with them, across parts: saved in a detector's folder, frozen, normalised."""
 import sys
 
 import pytest
@@ -73,13 +73,16 @@ def test_equal_images_have_no_distance(channels, images):
 def test_normalisation_comes_from_the_normals_given(images):
     discrepancy, z = SemanticDiscrepancy.pretrained(semantic_weight=0.25, grid=1), torch.zeros(2, 4, 12, 12)
     maps = discrepancy(z, z, *images, 64)
-    assert torch.allclose(maps["anomaly"], 0.75 * maps["reconstruction"] + 0.25 * maps["semantic"])  # before any normals
+    # before any normals
+    assert torch.allclose(maps["anomaly"], 0.75 * maps["reconstruction"] + 0.25 * maps["semantic"])
     discrepancy.fit_normalization([maps])
     fitted = discrepancy(z, z, *images, 64)
-    by_hand = [(maps[name] - maps[name].mean()) / maps[name].std(correction=0) for name in ("reconstruction", "semantic")]
+    by_hand = [(maps[name] - maps[name].mean()) / maps[name].std(correction=0)
+               for name in ("reconstruction", "semantic")]
     assert torch.allclose(fitted["anomaly"], 0.75 * by_hand[0] + 0.25 * by_hand[1], atol=1e-4)
     assert all(torch.equal(fitted[name], maps[name]) for name in ("reconstruction", "semantic"))
-    discrepancy.fit_normalization([{name: torch.zeros(1, 8, 8) for name in maps}])  # a network that has learned nothing yet
+    # a network that has learned nothing yet
+    discrepancy.fit_normalization([{name: torch.zeros(1, 8, 8) for name in maps}])
     assert discrepancy(z, z, *images, 64)["anomaly"].isfinite().all()
 
 
@@ -100,7 +103,8 @@ def test_normalisation_knows_where(images):
 def test_folders_of_two_levels_stay_as_they_were(tmp_path):
     DeviationDiscrepancy(pixel_cap=0.3).save_pretrained(tmp_path)
     config = tmp_path / "config.json"
-    lines = [line for line in config.read_text().splitlines() if "feature_" not in line and "extractor" not in line]  # as an earlier version wrote it
+    # as an earlier version wrote it
+    lines = [line for line in config.read_text().splitlines() if "feature_" not in line and "extractor" not in line]
     config.write_text("\n".join(lines))
     loaded = DeviationDiscrepancy.from_pretrained(tmp_path)
     assert list(loaded.state_dict()) == ["caps"] and loaded.caps.tolist() == pytest.approx([0.3, 0.2])

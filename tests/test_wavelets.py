@@ -97,7 +97,8 @@ def test_a_codecs_scale_is_a_weight_for_each_band():
     raw = codec.transform(images)
     assert len(band_names(1)) == codec.latent_channels
     assert torch.allclose(1 / codec.scale, raw.std((0, 2, 3), correction=0), rtol=1e-4)
-    assert torch.allclose(codec.encode(images), (raw - codec.shift[:, None, None]) * codec.scale[:, None, None], atol=1e-6)
+    scaled = (raw - codec.shift[:, None, None]) * codec.scale[:, None, None]
+    assert torch.allclose(codec.encode(images), scaled, atol=1e-6)
 
 
 # samplers of a U-Net

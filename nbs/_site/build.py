@@ -1,7 +1,7 @@
 """Builds the documentation site, without network: `make docs`, or `python nbs/_site/build.py [OUT]`.
 
-The site is OUT/html/index.html, its landing page nbs/index.md. Sphinx reads a copy of the notebooks (OUT/source): in the
-copy nbdev directives are gone, cells of the package have an address, and the pages that can be derived are written:
+The site is OUT/html/index.html, its landing page nbs/index.md. Sphinx reads a copy of the notebooks (OUT/source): in
+the copy nbdev directives are gone, cells of the package have an address, and the pages that can be derived are written:
 contributing, changes, one page of API reference for every module, the matrices and the published numbers.
 """
 import argparse
