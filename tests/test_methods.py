@@ -113,7 +113,7 @@ def test_deco_diff_with_visual_features(images, tmp_path):
 def test_presets_are_complete_configurations():
     for method, parts in METHODS.items():
         for preset in parts.presets:
-            assert resolve_config(method, preset).seed == 0
+            assert resolve_config(method, preset, kind=parts.files[0]).seed == 0
 
 
 # ---- one detector per category

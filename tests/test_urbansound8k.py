@@ -238,9 +238,9 @@ def test_the_partial_copy_with_folds_1_2_10(real):
 
 def test_the_whole_official_tree(official, tmp_path):
     write_tree(tmp_path, official)
-    began = time.perf_counter()
+    began = time.process_time()  # other tests run beside this one
     dataset = read_urbansound8k(tmp_path)
-    assert time.perf_counter() - began < 5  # about 0.6 s; no file is opened
+    assert time.process_time() - began < 5  # about 0.6 s; no file is opened
     assert_no_leak(dataset.samples)
     assert_no_leak(read_urbansound8k(tmp_path, "rare_events").samples)
     assert "training: folds 1 to 8; validation: fold 9; test: fold 10" in dataset.notes

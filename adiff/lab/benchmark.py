@@ -265,12 +265,13 @@ def work(part, contestant, batch, device="cpu", accumulate=1):
 def loop_aupro(masks, maps, fpr_limit=0.3, count=200):
     "AUPRO of masks bool (N, H, W) and maps (N, H, W) by a loop over `count` thresholds."
     regions = [(image, *region.coords.T) for image, mask in enumerate(masks) for region in regionprops(label(mask))]
-    fpr, pro = [], []
+    rates: list[float] = []
+    overlaps: list[float] = []
     for threshold in np.linspace(maps.min(), maps.max(), count, endpoint=False)[::-1]:
         above = maps > threshold
-        pro.append(np.mean([above[region].mean() for region in regions]))
-        fpr.append(above[~masks].mean())
-    fpr, pro = np.array(fpr), np.array(pro)
+        overlaps.append(np.mean([above[region].mean() for region in regions]))
+        rates.append(above[~masks].mean())
+    fpr, pro = np.array(rates), np.array(overlaps)
     inside = fpr < fpr_limit
     return float(np.trapezoid(pro[inside], fpr[inside]) / fpr[inside].max())
 
@@ -289,7 +290,7 @@ def our_pixel_metrics(masks, maps):
     return [found[name] for name in ("pixel_auroc", "pixel_ap", "pixel_f1_max")]
 
 
-METRICS = {"AUPRO": {"ours": aupro, "plain": loop_aupro},
+METRICS: dict[str, dict] = {"AUPRO": {"ours": aupro, "plain": loop_aupro},
            "pixel metrics": {"ours": our_pixel_metrics, "plain": scikit_pixel_metrics}}
 
 # %% ../../nbs/lab/08_benchmark.ipynb #231d6daa

@@ -390,8 +390,8 @@ def _ask_child(out, names, seconds):
         try:
             ended = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True,
                                    timeout=seconds)
-            code = ended.returncode
-            end = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+            status = ended.returncode
+            end = f"ended by {signal.Signals(-status).name}" if status < 0 else f"ended with code {status}"
         except subprocess.TimeoutExpired:
             end = f"no answer in {seconds} s"
         answers = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

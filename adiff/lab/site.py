@@ -7,6 +7,7 @@ __all__ = ['read_runs', 'relative_link', 'turn_links', 'notebook_cells', 'sphinx
            'build_site']
 
 # %% ../../nbs/lab/04_site.ipynb #dfdd1245
+import html
 import io
 import json
 import os
@@ -294,7 +295,7 @@ def write_site(folder, out=None):
         texts["figures.ipynb"] = _notebook(f"{title}: figures", "", cells)
     texts["index.md"] = _index(folder, out / "index.html", runs, pages, list(texts))
     _stage(out, texts)
-    settings = {**sphinx_settings(), "project": title, "html_title": title}
+    settings = {**sphinx_settings(), "project": title, "html_title": html.escape(title)}
     build_site(out / ".sphinx/source", out, out / ".sphinx/doctrees", settings)
     return out / "index.html"
 

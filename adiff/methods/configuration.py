@@ -67,7 +67,7 @@ def section_model(socket: str, kind: str) -> type[BaseModel]:
     own = {name: field for name, field in part_arguments(part).items() if name not in hidden} if part else {}
     kinds: Any = Literal[kind]
     fields: dict[str, Any] = {"kind": (kinds, kind), **own, **_common.get(socket, {})}
-    return create_model(f"{socket}: {kind}", __config__=_strict, **fields)
+    return create_model(socket, __config__=_strict, **fields)
 
 
 _strict = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -106,6 +106,8 @@ class DetectorConfig(BaseModel):
 def configure(values: dict[str, Any], seed: int = 0) -> DetectorConfig:
     "The `DetectorConfig` of nested `values`, all defaults filled in. Raises `InputError`, one line, for what is wrong."
     known = [*SOCKETS, "data", "training"]
+    if not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise InputError(f"seed: must be a whole number from 0 to {2**63 - 1}, got {seed!r}")
     for name in values:
         if name not in known:
             raise InputError(f"unknown override {name!r}; known: {', '.join(sorted(known))}{_meant(name)}")

@@ -361,16 +361,14 @@ def doctor(out_dir):
 @click.option("--seconds", default=10.0, show_default=True, help="per measurement, at least")
 @click.option("--minutes", default=1.0, show_default=True,
               help="of training on a GPU, from which 10,400 updates are extrapolated")
-@click.option("--all-thresholds", is_flag=True, help="run the loop for AUPRO over all 200 thresholds, not every tenth")
 @_device
-def benchmark(out_dir, official, sizes, seconds, minutes, all_thresholds, device):
+def benchmark(out_dir, official, sizes, seconds, minutes, device):
     """Measure speed, memory and start-up beside the plain network, and beside the official code if it is given.
 
     Outputs are compared first. Takes minutes per size; the machine should do nothing else.
     """
     lab = _lab("benchmark")
-    result = lab.run_benchmark(out_dir, device, sizes.split(","), official=official, seconds=seconds, minutes=minutes,
-                               all_thresholds=all_thresholds)
+    result = lab.run_benchmark(out_dir, device, sizes.split(","), official=official, seconds=seconds, minutes=minutes)
     written = ", ".join(str(Path(out_dir) / f"benchmark.{kind}") for kind in ("json", "csv", "png"))
     show(result, f"{lab.benchmark_text(result)}\nwritten: {written}")
 
