@@ -26,7 +26,7 @@ def _one_line(error: BaseException) -> str:
     "The first line of an error's text, at most 150 characters; its type's name if it has none."
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
 
-
+# %% ../../nbs/codecs/03_autoencoders.ipynb #fc11f7bf
 def load_diffusers(kind: Any, source: AnyPath) -> Any:
     "`kind.from_pretrained(source)`; raises `InputError` if weights are missing, broken or do not fit."
     try:
@@ -161,7 +161,7 @@ def _read_pair(encoder: Path) -> tuple[dict, dict, tuple[Path, Path]]:
     decoder = {f"{int(head) - 1}.{tail}": tensor for head, _, tail, tensor in parts if head.isdigit()}
     return first, decoder, files
 
-
+# %% ../../nbs/codecs/03_autoencoders.ipynb #c090ddbd
 def _read_safetensors(path: Path) -> tuple[dict, dict, tuple[Path, Path]]:
     "The tensors of encoder and decoder in one file, and that file twice."
     try:
@@ -197,7 +197,7 @@ def _load_strict(module: nn.Module, state: dict[str, torch.Tensor], path: Path) 
                          f"or of another shape, first {wrong[0]}); give the author's weights file")
     module.load_state_dict(state)
 
-
+# %% ../../nbs/codecs/03_autoencoders.ipynb #5297e7b0
 def _from_tensors(encoder: dict, decoder: dict, files: tuple[Path, Path]) -> TinyCodec:
     "The codec with these tensors, which were read from `files`."
     first = decoder.get("0.weight", torch.zeros(()))

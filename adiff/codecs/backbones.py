@@ -25,7 +25,7 @@ from ..core import InputError, unknown_name
 # %% ../../nbs/codecs/04_backbones.ipynb #1e3f2041
 _lite0_repeats = ((1, 16, 2), (2, 24, 4), (2, 40, 8), (3, 80, 16), (3, 112, 16), (4, 192, 32), (1, 320, 32))
 
-
+# %% ../../nbs/codecs/04_backbones.ipynb #c908ce0e
 class EfficientNetLite0(nn.Module):
     "EfficientNet-Lite0 up to the deepest of `depths`, blocks 0 to 15; attributes are named as in its weights file."
 
@@ -67,7 +67,7 @@ class _Bottleneck(nn.Module):
         y = F.relu(self.bn2(self.conv2(y)))
         return F.relu(self.bn3(self.conv3(y)) + self.downsample(x))
 
-
+# %% ../../nbs/codecs/04_backbones.ipynb #6d9a8a3e
 def _stage(inside, outside, repeats, stride):
     "`repeats` blocks, the first with the `stride`; twice as wide inside as ResNet-50, hence the name."
     first = _Bottleneck(inside, outside // 2, outside, stride)

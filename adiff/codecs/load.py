@@ -25,7 +25,7 @@ from ..extensions import Extensible
 # %% ../../nbs/codecs/06_load.ipynb #b7e6df86
 _classes = {kind.__name__: kind for kind in (WaveletCodec, PixelCodec, KLCodec, TinyCodec, FeatureCodec)}
 
-
+# %% ../../nbs/codecs/06_load.ipynb #2438d6d7
 def _open_folder(folder: Path) -> Codec:
     "The codec in a `folder` of any of the kinds that `load_codec` describes."
     if not (folder / "config.json").is_file():
@@ -50,7 +50,7 @@ _hub = {
     "sd-vae-ft-mse": (KLCodec.from_autoencoder, "stabilityai/sd-vae-ft-mse", _diffusers_files),
 }
 
-
+# %% ../../nbs/codecs/06_load.ipynb #2a490e0b
 def _load_named(name: str) -> Codec:
     "The codec called `name`, from the first of the three places that has it."
     weights = os.environ.get("ADIFF_WEIGHTS")
@@ -78,7 +78,7 @@ def _named(name: str) -> Callable[[], Codec]:
     load.__doc__ = f"The autoencoder {name}, from `$ADIFF_WEIGHTS`, the hub's cache or the hub."
     return load
 
-
+# %% ../../nbs/codecs/06_load.ipynb #43359b77
 CODECS = Extensible("codec", {"wavelet": WaveletCodec, "pixels": PixelCodec, "features": FeatureCodec.pretrained,
                               **{name: _named(name) for name in _hub}})
 
