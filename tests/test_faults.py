@@ -383,10 +383,10 @@ def test_a_run_goes_on_from_the_checkpoint_before(data, whole, start, finish, tm
 def test_an_older_run_goes_on_though_keys_have_come_since(whole, tmp_path):
     config = json.loads((whole[0] / "config.json").read_text())
     record = json.loads(json.dumps(config))
-    del config["parameters"]["deterministic"]
+    del config["parameters"]["training"]["deterministic"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     check_same_run(tmp_path, record)
-    record["parameters"]["deterministic"] = True
+    record["parameters"]["training"]["deterministic"] = True
     with pytest.raises(InputError, match="another parameters"):
         check_same_run(tmp_path, record)
 
