@@ -7,11 +7,11 @@ __all__ = ['read_runs', 'relative_link', 'turn_links', 'notebook_cells', 'sphinx
            'build_site']
 
 # %% ../../nbs/lab/04_site.ipynb #dfdd1245
-import html
 import io
 import json
 import os
 import re
+from html import escape
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -295,7 +295,7 @@ def write_site(folder, out=None):
         texts["figures.ipynb"] = _notebook(f"{title}: figures", "", cells)
     texts["index.md"] = _index(folder, out / "index.html", runs, pages, list(texts))
     _stage(out, texts)
-    settings = {**sphinx_settings(), "project": title, "html_title": html.escape(title)}
+    settings = {**sphinx_settings(), "project": title, "html_title": escape(title)}
     build_site(out / ".sphinx/source", out, out / ".sphinx/doctrees", settings)
     return out / "index.html"
 
