@@ -11,7 +11,7 @@ from adiff.data.demo_sounds import make_demo_sounds
 from adiff.runs.evaluate import evaluate
 from adiff.runs.fit import fit
 
-TINY = {"image_size": 32, "wavelet_levels": 2, "length": 4, "batch_size": 4, "augmentations": []}
+TINY = {"data": {"image_size": 32}, "training": {"length": 4, "batch_size": 4, "augmentations": []}}
 
 
 @pytest.fixture(scope="module")
