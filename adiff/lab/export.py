@@ -37,7 +37,7 @@ class DetectorGraph(nn.Module):
         self.detector = detector
         parts = dict(detector.components)
         if detector.network is not None:
-            parts["network"] = detector._fast_network().layers  # what computes, so that each weight is in the graph once
+            parts["network"] = detector._fast_network().layers  # what computes: each weight is in the graph once
         for name, part in parts.items():
             if isinstance(part, nn.Module):
                 self.add_module(name, part.eval())
