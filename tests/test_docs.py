@@ -121,7 +121,7 @@ def test_the_site_names_no_path_of_the_machine(repository, site):
 
 
 def test_formulas_are_drawn_from_disk(site, tmp_path):
-    page = site / "diffusion/01_masked.html"
+    page = site / "diffusion/05_partial_noising.html"
     text = page.read_text(encoding="utf-8")
     assert text.count(r"\[") >= 4 and "tex-svg-full.js" in text
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
