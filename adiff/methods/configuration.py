@@ -43,7 +43,7 @@ _common: dict[str, dict[str, Any]] = {  # what a socket knows whatever the kind
     "discrepancy": {"top_share": (float, Field(
         0.0, ge=0, le=1, description="share of a map's largest values whose mean is the score; 0: the maximum"))},
 }
-# what a correction shares with the forward process
+# what a correction, and a network without training, share with the forward process
 _shared = {"num_train_timesteps", "beta_schedule", "prediction_type", "noise"}
 
 # %% ../../nbs/methods/00_configuration.ipynb #daa223d1
@@ -63,7 +63,7 @@ def section_model(socket: str, kind: str) -> type[BaseModel]:
     A codec may also be a folder, which has no arguments.
     """
     part = SOCKETS[socket][kind] if kind in SOCKETS[socket] else None
-    hidden = SUPPLIED | (_shared if socket == "correction" else set())
+    hidden = SUPPLIED | (_shared if socket in ("network", "correction") else set())
     own = {name: field for name, field in part_arguments(part).items() if name not in hidden} if part else {}
     kinds: Any = Literal[kind]
     fields: dict[str, Any] = {"kind": (kinds, kind), **own, **_common.get(socket, {})}
@@ -272,12 +272,13 @@ def build_detector(config: DetectorConfig, categories: list[str], processor: Pro
     known = dict(channels=channels, height=height, width=width, image_channels=processor.channels,
                  image_size=image_size, map_size=processor.size, num_classes=len(categories), seed=config.seed)
     forward = build_part("forward", config.forward, known)
+    fixed = {**vars(type(forward)), **(forward.config if forward else {})}  # what it says of itself, and was told
+    known |= {name: fixed[name] for name in _shared if name in fixed}
     set_seed(derive_seed(config.seed, "weights"))
     network = build_part("network", config.network, known)
     _check_size(network, image_size, height, codec.downsample)
-    shared = {name: value for name, value in dict(forward.config if forward else {}).items() if name in _shared}
     return AnomalyDetector(
-        codec, forward, network, build_part("correction", config.correction, known | shared),
+        codec, forward, network, build_part("correction", config.correction, known),
         build_part("discrepancy", config.discrepancy, known), categories, image_size, processor,
         config.discrepancy["top_share"], mixed_precision=config.training.mixed_precision)
 

@@ -5,6 +5,16 @@
 # %% auto #0
 __all__ = ['DECO_DIFF_PRESETS', 'DECO_DIFF_SOUNDS']
 
+# %% ../../nbs/methods/01_deco_diff.ipynb #a1d0f00d
+_features = {"kind": "features", "depths": [4, 10], "input_size": 256, "grid": 28, "average": 3}
+_instant = {
+    "codec": _features,
+    "forward": {"kind": "masked"},
+    "network": {"kind": "ideal"},
+    "correction": {"kind": "deviation", "num_inference_steps": 1, "starting_step": 0},
+    "discrepancy": {"kind": "fusion"},
+}
+
 # %% ../../nbs/methods/01_deco_diff.ipynb #00f2d18f
 _cpu = {
     "codec": {"kind": "wavelet", "latent_scale": "measured"},
@@ -32,6 +42,7 @@ _gpu = {
 
 # %% ../../nbs/methods/01_deco_diff.ipynb #11945024
 DECO_DIFF_PRESETS = {
+    "instant": _instant,
     "cpu": _cpu,
     "cpu-taef2": {**_cpu, "codec": {"kind": "taef2", "latent_scale": "measured"}},
     "gpu": _gpu,
