@@ -23,8 +23,8 @@ from adiff.runs.command_line import _methods, _presets, main
 from adiff.data.demo_images import make_demo_data
 from adiff.methods.registry import METHODS
 
-TINY = {"codec.levels": 2, "data.image_size": 32, "training.length": 12, "training.batch_size": 4,
-        "training.checkpoint_every": 4, "training.augmentations": []}
+TINY = {"codec.levels": 2, "data.image_size": 32, "discrepancy.kind": "deviation", "training.length": 12,
+        "training.batch_size": 4, "training.checkpoint_every": 4, "training.augmentations": []}
 
 
 def adiff(*arguments, **options):

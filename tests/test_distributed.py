@@ -43,7 +43,7 @@ CASES = {  # of 9 images
                                            ema_decay=0.9),
     "weighted by timestep": dict(batch_size=5),
 }
-OVERRIDES = {"codec": {"levels": 2}, "data": {"image_size": 32},
+OVERRIDES = {"codec": {"levels": 2}, "data": {"image_size": 32}, "discrepancy": {"kind": "deviation"},
              "network": {"dropout": 0.2},  # with dropout, resuming shows whether each process finds its seeds again
              "training": {"length": 20, "batch_size": 5, "checkpoint_every": 4, "learning_rate": 1e-3}}
 NO_DROPOUT = {**OVERRIDES, "network": {"dropout": 0.0}, "training": {**OVERRIDES["training"], "ema_decay": 0.9}}

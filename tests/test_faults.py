@@ -31,7 +31,7 @@ LONG = os.environ.get("ADIFF_FAULTS") == "long"
 SMALL = {"codec": {"levels": 2},
          "network": {"channel_multipliers": [1], "attention_levels": [], "wavelet_sampling": False, "dropout": 0.1},
          "correction": {"num_seeds": 1, "num_inference_steps": 1},
-         "discrepancy": {"scales": [1], "semantic_weight": 0.0},
+         "discrepancy": {"kind": "semantic", "scales": [1], "semantic_weight": 0.0},
          "data": {"image_size": 32},
          "training": {"length": 40, "batch_size": 4, "gradient_accumulation_steps": 1, "checkpoint_every": 5,
                       "validate_every": 15, "ema_decay": 0.9, "augmentations": ["translate"]}}

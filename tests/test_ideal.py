@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 import torch
 
+from adiff import AnomalyDetector, evaluate, fit
 from adiff.core import InputError
+from adiff.data.demo_images import make_demo_data
 from adiff.diffusion.deviation_correction import DeviationCorrection
 from adiff.diffusion.gaussian import GaussianForwardProcess
 from adiff.diffusion.partial_noising import PartialNoisingCorrection
@@ -189,3 +191,51 @@ def test_memory_is_bounded(monkeypatch):
     network = IdealDenoiser(5, memory_size=100)
     network.fit((z[None], labels(1)) for z in latents(20))
     assert int((network.log_prior == 0).sum()) == 50
+
+
+# ---- in a detector
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return make_demo_data(tmp_path_factory.mktemp("data") / "demo", categories=("brick", "cup"), train=12, good=4,
+                          per_defect=1)
+
+
+@pytest.mark.parametrize("method", ["deco", "adiff"])
+def test_instant_needs_no_training(images, tmp_path, method):
+    detector = fit(method, images, tmp_path / "run", preset="instant", categories="cup", device="cpu",
+                   overrides={"network": {"memory_size": 300}})
+    assert not list(detector.network.parameters())
+    metrics = evaluate(tmp_path / "run", device="cpu")
+    assert metrics["mean"]["image_auroc"] > 0.9 and metrics["parameters"] == 0
+    again = AnomalyDetector.from_pretrained(tmp_path / "run/model")
+    picture = images / "cup/test/hole/000.png"
+    assert np.array_equal(again(picture).maps, detector(picture).maps)
+    with pytest.raises(InputError, match="holds a run"):
+        fit(method, images, tmp_path / "run", preset="instant", categories="cup", device="cpu")
+
+
+def test_the_category_need_not_be_told(images, tmp_path):
+    detector = fit("deco", images, tmp_path / "run", preset="instant", device="cpu",
+                   overrides={"network": {"memory_size": 300}})
+    files = sorted(images.glob("*/test/good/*.png"))
+    told = detector(files, category=[file.parts[-4] for file in files])
+    untold = detector(files)
+    assert untold.categories == told.categories == [file.parts[-4] for file in files]
+    assert np.allclose(untold.maps, told.maps, atol=1e-4)
+    metrics = evaluate(tmp_path / "run", device="cpu")
+    found = metrics["category_not_told"]
+    assert found["mean"]["category_accuracy"] > 0.9 and set(found["categories"]) == {"brick", "cup"}
+    assert found["mean"]["image_auroc"] == pytest.approx(metrics["mean"]["image_auroc"], abs=0.1)
+
+
+@pytest.mark.parametrize("method", ["deco", "adiff"])
+def test_trained_and_ideal_are_fused(images, tmp_path, method):
+    length = {"length": 2, "batch_size": 4, "augmentations": [], "validate_every": 2, "checkpoint_every": 2}
+    detector = fit(method, images, tmp_path / "run", categories="cup", device="cpu", overrides={
+        "training": length, "discrepancy": {"ideal_denoiser": {"memory_size": 300}}})
+    first, other = detector.config.calibration["cup"], detector(images / "cup/test/hole/000.png")
+    levels, (mean, std) = list(other.discrepancies), (detector.discrepancy.mean, detector.discrepancy.std)
+    assert levels[-1] == "ideal" and first["threshold"] and (std != 1).all()
+    maps = [(other.discrepancies[name] - mean[k].item()) / std[k].item() for k, name in enumerate(levels)]
+    assert np.allclose(other.maps, maps[0] + 2 * maps[1], atol=1e-3)

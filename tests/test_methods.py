@@ -104,7 +104,8 @@ def test_adiff_switches(sounds, tmp_path, sections):
 
 def test_deco_diff_with_visual_features(images, tmp_path):
     fit("deco", images, tmp_path / "run", categories="cup", device="cpu",
-        overrides={**MOMENT, "data": {"image_size": 64}, "discrepancy": {"levels": ["pixel", "latent", "feature"]}})
+        overrides={**MOMENT, "data": {"image_size": 64},
+                   "discrepancy": {"kind": "deviation", "levels": ["pixel", "latent", "feature"]}})
     evaluate(tmp_path / "run", device="cpu")
     measured = set(pd.read_csv(tmp_path / "run/discrepancies.csv").discrepancy)
     assert {"pixel", "latent", "feature", "pixel x feature", "latent + feature", "pixel x latent x feature"} <= measured

@@ -24,7 +24,7 @@ from adiff.runs.fit import fit
 from adiff.scores import metrics, pixel_counts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-TINY = {"codec": {"levels": 2}, "discrepancy": {"levels": ["pixel", "latent"]}, "data": {"image_size": 32},
+TINY = {"codec": {"levels": 2}, "discrepancy": {"kind": "deviation", "levels": ["pixel", "latent"]}, "data": {"image_size": 32},
         "training": {"length": 6, "batch_size": 4, "augmentations": []}}
 
 

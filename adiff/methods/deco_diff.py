@@ -21,8 +21,7 @@ _cpu = {
     "forward": {"kind": "masked", "patch_size_per": "image"},
     "network": {"kind": "class-token-unet", "size": "nano", "dropout": 0.0},
     "correction": {"kind": "deviation", "num_inference_steps": 1, "starting_step": 4},
-    "discrepancy": {"kind": "fusion", "levels": ["pixel", "latent", "ideal"],
-                    "feature_codec": FEATURE_SPACE},
+    "discrepancy": {"kind": "fusion", "levels": ["pixel", "ideal"], "weights": [1, 2], "feature_codec": FEATURE_SPACE},
     "training": {"unit": "steps", "length": 250, "warmup": 20, "horizon": None, "learning_rate": 2e-3, "batch_size": 16,
                  "gradient_accumulation_steps": 1, "gradient_clip": 1.0, "validate_every": 50, "checkpoint_every": 50},
 }
@@ -45,6 +44,12 @@ _gpu = {
 DECO_DIFF_PRESETS = {
     "instant": _instant,
     "cpu": _cpu,
+    "instant-taef2": {
+        **_instant,
+        "codec": {"kind": "taef2", "latent_scale": "measured"},
+        "network": {"kind": "ideal", "bandwidth": 0.1, "position": 2.0, "memory_size": 4000},
+        "discrepancy": {"kind": "fusion", "levels": ["latent", "ideal"], "feature_codec": FEATURE_SPACE},
+    },
     "cpu-taef2": {**_cpu, "codec": {"kind": "taef2", "latent_scale": "measured"}},
     "gpu": _gpu,
     "paper": {
