@@ -226,6 +226,8 @@ def test_a_matrix_notices_the_code_of_what_it_uses(repository, child, site, line
     code = """
 import json, sys
 from adiff.lab.matrix import plan
+
+pytestmark = pytest.mark.slow
 matrix, module = sys.argv[1:]
 before = {run.group: run.identity for run in plan(matrix)}
 with open(module, "a") as file: file.write("CHANGED = True")

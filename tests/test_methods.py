@@ -15,6 +15,8 @@ from adiff.runs.detect import detect_files
 from adiff.methods.registry import METHODS, resolve_config
 from adiff.runs.each_category import run_each
 
+pytestmark = pytest.mark.slow
+
 MOMENT = {"training": {"length": 4, "batch_size": 4, "augmentations": [], "validate_every": 4, "checkpoint_every": 4}}
 MANY_STEPS = {"deco", "adiff", "ddpm", "ddpm-simplex", "autoencoder", "dense-autoencoder"}
 SOUNDS_ONLY = {"dense-autoencoder", "one-class-svm", "isolation-forest"}

@@ -25,6 +25,8 @@ from adiff import AnomalyDetector, InputError
 try: AnomalyDetector.from_pretrained(sys.argv[1])
 except InputError as error: print(error)
 import own_part
+
+pytestmark = pytest.mark.slow
 print(type(AnomalyDetector.from_pretrained(sys.argv[1]).forward_process).__name__)
 """
 
