@@ -56,7 +56,7 @@ def _take_free_cores():
 
 def _choose_threads(record):
     "Threads of the run whose config.json is `record`, or what is free; OMP_NUM_THREADS, where set, has chosen already."
-    machine = (record or {}).get("machine")
+    machine = record.get("machine") if isinstance(record, dict) else None
     recorded = machine.get("threads") if isinstance(machine, dict) else None
     if "OMP_NUM_THREADS" in os.environ:
         return

@@ -45,7 +45,7 @@ def train(seconds):
 def start(wait, threads, seconds):
     "A process that trains, in an environment that says how threads wait."
     clean = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    environment = {**clean, "ADIFF_WAIT": "as it is", "OMP_NUM_THREADS": str(threads), **wait}
+    environment = {**clean, "OMP_NUM_THREADS": str(threads), **wait}
     return subprocess.Popen([sys.executable, __file__, str(seconds)], env=environment, stdout=subprocess.PIPE, text=True)
 
 

@@ -130,6 +130,7 @@ _use_of_extra = {
     "backbones": "the backbone dinov2 of semantic features cannot be used",
     "ray": "adiff reproduce cannot use the engine ray",
     "tensorboard": "training.log_with cannot be tensorboard",
+    "test": "make test does not work",
     "security": "make lock and make audit do not work",
 }
 
