@@ -24,12 +24,12 @@ ifdef PIP_FIND_LINKS
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 endif
 
-# $(call install,EXTRAS): by uv, the one on the PATH or one put into .venv; by pip, many times slower, where uv cannot.
+# Installs adiff with the extras of the target: by uv, the one on the PATH or one put into .venv; by pip, many times slower, where uv cannot.
 define install
 	@uv=$$(command -v uv || { $(BIN)/python -m pip install --quiet -c constraints.txt uv && echo $(BIN)/uv; }); \
-	{ test -n "$$uv" && "$$uv" pip install --quiet --python $(BIN)/python -c constraints.txt -e '.$(1)'; } || \
+	{ test -n "$$uv" && "$$uv" pip install --quiet --python $(BIN)/python -c constraints.txt -e '.$(extras)'; } || \
 	{ echo "uv cannot install this; pip tries, which takes minutes" >&2; \
-	  $(BIN)/python -m pip install --quiet -c constraints.txt -e '.$(1)'; }
+	  $(BIN)/python -m pip install --quiet -c constraints.txt -e '.$(extras)'; }
 	@touch $@
 endef
 
@@ -71,16 +71,19 @@ audit: .venv/for_security
 REQUIREMENTS := setup.py settings.ini pyproject.toml constraints.txt
 
 .venv/for_demo: $(REQUIREMENTS) | .venv/pyvenv.cfg
-	$(call install)
+	$(install)
 
+.venv/for_test: extras := [test]
 .venv/for_test: $(REQUIREMENTS) | .venv/pyvenv.cfg
-	$(call install,[test])
+	$(install)
 
+.venv/installed: extras := [dev,lab]
 .venv/installed: $(REQUIREMENTS) | .venv/pyvenv.cfg
-	$(call install,[dev,lab])
+	$(install)
 
+.venv/for_security: extras := [dev,lab,security]
 .venv/for_security: $(REQUIREMENTS) | .venv/pyvenv.cfg
-	$(call install,[dev,lab,security])
+	$(install)
 
 clean:
 	rm -rf .venv runs reproduced _docs

@@ -15,6 +15,8 @@ import pytest
 
 from adiff.data.demo_images import make_demo_data
 
+pytestmark = pytest.mark.slow
+
 TINY = ["codec.kind=opponent", "correction.kind=selective", "data.image_size=32", "training.length=4",
         "training.batch_size=4",
         "training.augmentations=[]"]
@@ -226,8 +228,6 @@ def test_a_matrix_notices_the_code_of_what_it_uses(repository, child, site, line
     code = """
 import json, sys
 from adiff.lab.matrix import plan
-
-pytestmark = pytest.mark.slow
 matrix, module = sys.argv[1:]
 before = {run.group: run.identity for run in plan(matrix)}
 with open(module, "a") as file: file.write("CHANGED = True")

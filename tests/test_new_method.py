@@ -11,6 +11,8 @@ from adiff.methods.configuration import merged
 from adiff.methods.deco_diff import DECO_DIFF_PRESETS
 from adiff.methods.registry import METHODS, Method
 
+pytestmark = pytest.mark.slow
+
 # a subclass need not import diffusers' base classes
 PART = """
 from adiff.diffusion.masked import MaskedForwardProcess
@@ -25,8 +27,6 @@ from adiff import AnomalyDetector, InputError
 try: AnomalyDetector.from_pretrained(sys.argv[1])
 except InputError as error: print(error)
 import own_part
-
-pytestmark = pytest.mark.slow
 print(type(AnomalyDetector.from_pretrained(sys.argv[1]).forward_process).__name__)
 """
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 SMALL = ["-o", "training.length=2", "-o", "training.batch_size=4"]
 
 
@@ -97,8 +99,6 @@ class Absent(MetaPathFinder):
         if absent(name): raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Absent())
 import importlib.util
-
-pytestmark = pytest.mark.slow
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, package=None: None if absent(name) else find(name, package)
 if len(sys.argv) == 1:
