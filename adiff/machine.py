@@ -135,7 +135,8 @@ def use_machine(device, deterministic=False, record=None):
     if device.type == "cuda":
         _use_tf32()
     settings = MachineSettings(
-        device=describe_device(device), threads=torch.get_num_threads(), deterministic=deterministic, waiting=describe_waiting(),
+        device=describe_device(device), threads=torch.get_num_threads(), deterministic=deterministic,
+        waiting=describe_waiting(),
         products="TF32" if device.type == "cuda" else "float32",
         linear_layers="oneDNN" if device.type == "cpu" and torch.backends.mkldnn.is_available() else "torch")
     if settings not in _told and os.environ.get("RANK", "0") == "0":
