@@ -10,7 +10,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-# Modules are compiled when they are first imported; without this, where somebody has switched it off, by every process anew.
+# uv leaves modules uncompiled; each is compiled when first imported. Where somebody has switched that off, every process would do it anew.
 unexport PYTHONDONTWRITEBYTECODE
 
 # uv does not read pip's configuration; what stands in pip's variables counts for it as well.
@@ -30,6 +30,7 @@ define install
 	{ test -n "$$uv" && "$$uv" pip install --quiet --python $(BIN)/python -c constraints.txt -e '.$(extras)'; } || \
 	{ echo "uv cannot install this; pip tries, which takes minutes" >&2; \
 	  $(BIN)/python -m pip install --quiet -c constraints.txt -e '.$(extras)'; }
+	@$(BIN)/python -c 'import adiff.runs.evaluate, adiff.runs.report'  # compiles what every command imports
 	@touch $@
 endef
 

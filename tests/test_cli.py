@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from adiff import AnomalyDetector
 from adiff.runs.command_line import _methods, _presets, main
+from adiff.runs.evaluate import open_run
 from adiff.data.demo_images import make_demo_data
 from adiff.methods.registry import METHODS
 
@@ -117,6 +118,21 @@ def test_a_killed_run_resumes_to_the_same_weights(data, run, tmp_path):
     assert adiff(*fit_arguments(data, out), "--resume").returncode == 0
     whole, resumed = (load_file(folder / "model/network/diffusion_pytorch_model.safetensors") for folder in (run, out))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_run_that_goes_on_keeps_its_number_of_threads(data, run, tmp_path, monkeypatch):
+    "As their number changes the order of sums, and with it last digits."
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("model"))
+    config = json.loads((run / "config.json").read_text())
+    config["machine"]["threads"] = 3
+    (tmp_path / "run/config.json").write_text(json.dumps(config))
+    chosen = []
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr("adiff.machine.usable_cores", lambda: 4)
+    monkeypatch.setattr("adiff.machine.torch.set_num_threads", chosen.append)
+    assert adiff_here(*fit_arguments(data, tmp_path / "run"), "--resume").returncode == 0
+    open_run(tmp_path / "run", "cpu")
+    assert chosen == [3, 3]
 
 
 @pytest.mark.slow
