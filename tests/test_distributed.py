@@ -31,7 +31,7 @@ from adiff.training.checkpoints import load_checkpoint
 from adiff.training.processes import count_processes, run_in_processes
 from adiff.training.train import TrainingConfig, train
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 PLAIN = dict(unit="steps", length=3, warmup=0, horizon=None, learning_rate=0.1, gradient_accumulation_steps=1,
              validate_every=2)

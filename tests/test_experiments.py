@@ -31,6 +31,8 @@ from adiff.training.held_out import normal_latents
 from adiff.training.latents import LatentCache, TrainingLatents
 from adiff.training.train import TrainingConfig
 
+pytestmark = pytest.mark.slow
+
 OVERRIDES = {"codec": {"levels": 2}, "data": {"image_size": 32}, "discrepancy": {"kind": "deviation"},
              "training": {"length": 6, "batch_size": 4, "augmentations": []}}
 

@@ -357,7 +357,7 @@ def open_run(run: Path, device: str) -> tuple[dict[str, Any], pd.DataFrame, Anom
         raise InputError(f"{run}: training has not finished; resume it first")
     log = read_log(run / "log.jsonl")
     place, about = resolve_device(device), record["dataset"]
-    use_machine(place, (record["parameters"].get("training") or {}).get("deterministic", False))
+    use_machine(place, (record["parameters"].get("training") or {}).get("deterministic", False), record)
     detector = AnomalyDetector.from_pretrained(run / "model").to(place)
     dataset = read_dataset(about["root"], about["categories"], about["split_table"])
     if dataset.fingerprint() != about["fingerprint"]:
