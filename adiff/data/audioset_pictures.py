@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from ..core import InputError
 from .sound_files import load_torchaudio
-from .sounds import LogMel, SoundProcessor, mel_axes
+from .sounds import MIX_NOTES, LogMel, Mix, SoundProcessor, check_mix, mel_axes
 
 # %% ../../nbs/data/14_audioset_pictures.ipynb #d8053a4b
 _rate, _n_fft, _window, _hop, _bands = 32000, 1024, 800, 320, 128
@@ -66,13 +66,15 @@ class AudioSetPicture(SoundProcessor):
     """Cuts sounds into windows of `seconds`, and turns each into the picture that an EfficientAT network expects.
 
     A window has 100 columns per second. Raises `InputError` unless `seconds` is a multiple of 0.01 from 1.28, so that
-    each band has a row, to 30.
+    each band has a row, to 30. `mix`: what becomes of several channels.
     """
 
     seconds: float = 4.0
+    mix: Mix = "average"
     sample_rate: ClassVar[int] = _rate
 
     def __post_init__(self) -> None:
+        check_mix(self.mix)
         if not 1.28 <= self.seconds <= 30 or abs(self.size - 100 * self.seconds) > 1e-6:
             raise InputError(f"seconds {self.seconds:g}: a window of AudioSet's front end lasts 1.28 to 30 seconds, in "
                              "whole hundredths of a second")
@@ -96,17 +98,17 @@ class AudioSetPicture(SoundProcessor):
 
     def describe(self) -> str:
         "One line for the notes under a number."
-        return (f"AudioSet's log-mel pictures of {_bands} mel bands x {self.size} time steps over {self.seconds:g} s at "
-                f"{_rate} Hz; shorter sounds are followed by silence, of longer ones the window with the highest score "
-                "counts")
+        return (f"AudioSet's log-mel pictures of {_bands} mel bands x {self.size} time steps over {self.seconds:g} s "
+                f"at {_rate} Hz; shorter sounds are followed by silence, of longer ones the window with the highest score "
+                f"counts{MIX_NOTES[self.mix]}")
 
     def config(self) -> dict[str, Any]:
         "A dict that JSON can hold; `sound_processor` makes the same processor of it again."
-        return {"front_end": "audioset", "seconds": self.seconds}
+        return {"front_end": "audioset", "seconds": self.seconds, "mix": self.mix}
 
 # %% ../../nbs/data/14_audioset_pictures.ipynb #42bf7426
 def sound_processor(config: dict[str, Any]) -> SoundProcessor:
     "The processor whose `config()` this is: an `AudioSetPicture` or a `LogMel`."
     if config.get("front_end") == "audioset":
-        return AudioSetPicture(config["seconds"])
+        return AudioSetPicture(config["seconds"], config["mix"])
     return LogMel(**config)

@@ -25,7 +25,7 @@ from ..data.dataset import Dataset
 from ..data.images import PROTOCOLS
 from ..data.loading import fixed_subset
 from ..data.processor import Processor
-from ..data.sounds import LogMel
+from ..data.sounds import LogMel, Mix
 from ..detector.pipeline import AnomalyDetector
 from ..diffusion.registry import CORRECTIONS, FORWARD_PROCESSES
 from ..extensions import Extensible
@@ -88,9 +88,11 @@ class DataConfig(BaseModel):
     seconds: float = Field(LogMel.seconds, gt=0, description="length of the windows that sounds are looked at in")
     mel_bands: int = Field(LogMel.size, ge=16, le=4096, description="of sounds; a window has as many time steps")
     n_fft: int = Field(LogMel.n_fft, ge=64, le=2**20, description="of sounds: samples per Fourier transform")
+    mix: Mix = Field(
+        "average", description="of a sound's channels: their mean, or at each time and frequency the loudest")
     front_end: Literal["log-mel", "audioset"] = Field(
-        "log-mel", description="of sounds: a picture in decibels, or what sound-features was trained with (its default; "
-        "then sample_rate, mel_bands and n_fft are fixed)")
+        "log-mel", description="of sounds: a picture in decibels, or what sound-features was trained with (its "
+        "default; then sample_rate, mel_bands and n_fft are fixed)")
 
 # %% ../../nbs/methods/00_configuration.ipynb #ad7a2517
 class DetectorConfig(BaseModel):
@@ -240,7 +242,7 @@ def make_processor(data: DataConfig, dataset: Dataset) -> Processor:
         return PROTOCOLS[data.protocol or ("full_frame" if dataset.select("test").empty else "official")]
     if data.front_end == "audioset":
         return _audioset_picture(data)
-    processor = LogMel(sample_rate=data.sample_rate, seconds=data.seconds, size=data.mel_bands, n_fft=data.n_fft)
+    processor = LogMel(data.sample_rate, data.seconds, data.mel_bands, data.n_fft, mix=data.mix)
     normals = dataset.select("train").path
     paths = [dataset.root / path for path in normals.iloc[fixed_subset(len(normals))]]
     return processor.fitted(progress(paths, desc="measuring sounds", unit="sound"))
@@ -252,7 +254,7 @@ def _audioset_picture(data: DataConfig) -> AudioSetPicture:
         if getattr(data, name) != DataConfig.model_fields[name].default:
             raise InputError(f"override 'data.{name}': the front end audioset (of sound-features) has its own; leave "
                              f"it at {DataConfig.model_fields[name].default}")
-    return AudioSetPicture(data.seconds)
+    return AudioSetPicture(data.seconds, data.mix)
 
 # %% ../../nbs/methods/00_configuration.ipynb #3a73223b
 def build_part(socket: str, section: dict[str, Any] | None, known: dict[str, Any]) -> Any:
