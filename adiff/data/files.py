@@ -27,7 +27,8 @@ def file_size(path: AnyPath) -> int:
     return status.st_size
 
 # %% ../../nbs/data/00_files.ipynb #fd0afd96
-SUFFIXES = {"image": (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"), "sound": (".flac", ".ogg", ".wav")}
+SUFFIXES = {"image": (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"),
+            "sound": (".aac", ".flac", ".m4a", ".mp3", ".ogg", ".opus", ".wav", ".wma")}  # AAC, WMA: refused with advice
 
 
 def kind_of(path: AnyPath) -> str | None:

@@ -25,11 +25,11 @@ from diffusers.utils import BaseOutput
 
 from ..codecs.codec import Codec
 from ..core import AnyPath, InputError, progress, unknown_name
+from ..data.audioset_pictures import sound_processor
 from ..data.dataset import Dataset
 from ..data.images import PROTOCOLS
 from ..data.loading import ProcessedFiles
 from ..data.processor import Processor
-from ..data.sounds import LogMel
 from .hub import download, upload
 from .safe_loading import check_index, check_weights, no_loading_bar
 from ..machine import network_precision
@@ -67,7 +67,7 @@ class _Preprocessing(DiffusionPipeline):
     def processor(self) -> Processor:
         "The `Processor` that turns a file into input tensors."
         protocol = self.config.protocol
-        return PROTOCOLS[protocol] if isinstance(protocol, str) else LogMel(**protocol)
+        return PROTOCOLS[protocol] if isinstance(protocol, str) else sound_processor(protocol)
 
     def preprocess(self, sources: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs (n, channels, size, size) of one source or many, and the position (n,) of the source of each.

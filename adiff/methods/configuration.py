@@ -18,12 +18,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from ..codecs.codec import Codec
 from ..codecs.load import CODECS, load_codec
+from ..codecs.sound_features import SoundFeatureCodec
 from ..core import InputError, derive_seed, progress, set_seed
+from ..data.audioset_pictures import AudioSetPicture
 from ..data.dataset import Dataset
 from ..data.images import PROTOCOLS
 from ..data.loading import fixed_subset
 from ..data.processor import Processor
-from ..data.sounds import LogMel
+from ..data.sounds import LogMel, Mix
 from ..detector.pipeline import AnomalyDetector
 from ..diffusion.registry import CORRECTIONS, FORWARD_PROCESSES
 from ..extensions import Extensible
@@ -86,6 +88,11 @@ class DataConfig(BaseModel):
     seconds: float = Field(LogMel.seconds, gt=0, description="length of the windows that sounds are looked at in")
     mel_bands: int = Field(LogMel.size, ge=16, le=4096, description="of sounds; a window has as many time steps")
     n_fft: int = Field(LogMel.n_fft, ge=64, le=2**20, description="of sounds: samples per Fourier transform")
+    mix: Mix = Field(
+        "average", description="of a sound's channels: their mean, or at each time and frequency the loudest")
+    front_end: Literal["log-mel", "audioset"] = Field(
+        "log-mel", description="of sounds: a picture in decibels, or what sound-features was trained with (its "
+        "default; then sample_rate, mel_bands and n_fft are fixed)")
 
 # %% ../../nbs/methods/00_configuration.ipynb #ad7a2517
 class DetectorConfig(BaseModel):
@@ -112,7 +119,8 @@ def configure(values: dict[str, Any], seed: int = 0) -> DetectorConfig:
         if name not in known:
             raise InputError(f"unknown override {name!r}; known: {', '.join(sorted(known))}{_meant(name)}")
     sections: dict[str, Any] = {name: _checked_section(name, values.get(name)) for name in SOCKETS}
-    return DetectorConfig(**sections, data=_checked("data", DataConfig, values.get("data") or {}),
+    suited = {"front_end": "audioset"} if sections["codec"]["kind"] == "sound-features" else {}
+    return DetectorConfig(**sections, data=_checked("data", DataConfig, suited | (values.get("data") or {})),
                           training=_checked("training", TrainingConfig, values.get("training") or {}), seed=seed)
 
 # %% ../../nbs/methods/00_configuration.ipynb #47f008f6
@@ -232,10 +240,21 @@ def make_processor(data: DataConfig, dataset: Dataset) -> Processor:
     "The processor for the files of a `dataset`; reads training sounds, at most 1000, if they are sounds."
     if dataset.kind == "image":
         return PROTOCOLS[data.protocol or ("full_frame" if dataset.select("test").empty else "official")]
-    processor = LogMel(sample_rate=data.sample_rate, seconds=data.seconds, size=data.mel_bands, n_fft=data.n_fft)
+    if data.front_end == "audioset":
+        return _audioset_picture(data)
+    processor = LogMel(data.sample_rate, data.seconds, data.mel_bands, data.n_fft, mix=data.mix)
     normals = dataset.select("train").path
     paths = [dataset.root / path for path in normals.iloc[fixed_subset(len(normals))]]
     return processor.fitted(progress(paths, desc="measuring sounds", unit="sound"))
+
+
+def _audioset_picture(data: DataConfig) -> AudioSetPicture:
+    "The fixed front end. Raises `InputError` for a setting that it would not follow."
+    for name in ("image_size", "sample_rate", "mel_bands", "n_fft"):
+        if getattr(data, name) != DataConfig.model_fields[name].default:
+            raise InputError(f"override 'data.{name}': the front end audioset (of sound-features) has its own; leave "
+                             f"it at {DataConfig.model_fields[name].default}")
+    return AudioSetPicture(data.seconds, data.mix)
 
 # %% ../../nbs/methods/00_configuration.ipynb #3a73223b
 def build_part(socket: str, section: dict[str, Any] | None, known: dict[str, Any]) -> Any:
@@ -255,6 +274,9 @@ def make_codec(section: dict[str, Any], processor: Processor) -> Codec:
     if section["kind"] in CODECS and "image_channels" in inspect.signature(CODECS[section["kind"]]).parameters:
         arguments["image_channels"] = processor.channels
     codec = load_codec(section["kind"], **arguments)
+    if isinstance(codec, SoundFeatureCodec) != isinstance(processor, AudioSetPicture):
+        raise InputError("override 'codec.kind': sound-features is for sounds and needs the front end audioset "
+                         "(data.front_end), which no other codec takes")
     if processor.channels not in codec.accepted_channels:
         raise InputError(f"override 'codec.kind': {section['kind']} takes pictures of three channels, a sound has one; "
                          "use wavelet or pixels")

@@ -336,6 +336,7 @@ def run_metrics(evaluation: Evaluation, record: dict[str, Any], log: pd.DataFram
     detector, dataset, categories = evaluation.detector, evaluation.dataset, evaluation.categories
     size, count = detector.config.image_size, sum(result["n_test"] for result in categories.values())
     notes = [detector.processor.describe(), f"the codec sees {size} x {size} pixels", *dataset.notes]
+    notes += [detector.codec.note] if detector.codec.note else []
     if len(dataset.categories) > 1 and (METHODS[record["method"]].conditional or detector.tells_classes):
         notes.append(_label_note)
     notes += [f"{name}: {note}" for name, result in categories.items() for note in result.pop("notes")]
