@@ -155,19 +155,24 @@ _seed = click.option("--seed", default=0, show_default=True, help="seed of weigh
 @main.command(epilog="Example:  adiff fit deco photos/normal --out runs/mine -o training.length=1000")
 @click.argument("method", shell_complete=_completed(lambda: _methods))
 @click.argument("data", type=click.Path())
-@click.option("--out", "out_dir", required=True, type=click.Path(), help="run folder to write")
+@click.option("--out", "out_dir", type=click.Path(), help="run folder to write")
 @click.option("--preset", default="cpu", show_default=True, help="cpu, gpu or paper",
               shell_complete=_completed(lambda: _presets))
 @click.option("--categories", default="all", show_default=True, help="names separated by commas")
 @click.option("-o", "--override", "assignments", multiple=True, metavar="KEY=VALUE",
               help="change a setting, such as codec.kind=taef2; can be repeated")
 @click.option("--split-table", type=click.Path(), help="CSV that says which image is for what")
+@click.option("--normal", multiple=True, metavar="FOLDER", help="folder in DATA, or pattern, of normal files")
+@click.option("--abnormal", multiple=True, metavar="FOLDER", help="folder in DATA, or pattern, of anomalous files")
+@click.option("--masks", multiple=True, metavar="FOLDER", help="folder in DATA, or pattern, of masks")
+@click.option("--dry-run", is_flag=True, help="say what is read, what is left out, how small a defect may be")
 @click.option("--resume", is_flag=True, help="go on with an interrupted run")
 @click.option("--processes", type=click.IntRange(min=1), help="how many train together; default: one per GPU")
 @click.option("--each", is_flag=True, help="one detector per category, trained and evaluated in OUT/CATEGORY")
 @_seed
 @_device
-def fit(method, data, out_dir, preset, categories, assignments, split_table, resume, processes, each, seed, device):
+def fit(method, data, out_dir, preset, categories, assignments, split_table, normal, abnormal, masks, dry_run, resume,
+        processes, each, seed, device):
     """Train METHOD on the normal images or sounds in DATA (a dataset, or any folder of files) and write a run folder.
 
     METHOD is deco, adiff, or a baseline: autoencoder, ddpm, ddpm-simplex, padim, knn; for sounds also
@@ -177,8 +182,16 @@ def fit(method, data, out_dir, preset, categories, assignments, split_table, res
     from adiff.runs import each_category, report
     from adiff.runs import fit as one_run
 
-    options = dict(preset=preset, categories=categories, seed=seed, device=device, resume=resume, processes=processes,
-                   split_table=split_table, overrides=parse_assignments(assignments))
+    options = dict(preset=preset, categories=categories, seed=seed, split_table=split_table,
+                   overrides=parse_assignments(assignments),
+                   labels={"normal": list(normal), "abnormal": list(abnormal), "masks": list(masks)})
+    if dry_run:
+        text = one_run.preview(method, data, **options)
+        show({"summary": text.split("\n")}, text)
+        return
+    if out_dir is None:
+        raise click.UsageError("Missing option '--out'.", click.get_current_context())
+    options.update(device=device, resume=resume, processes=processes)
     if each:
         metrics = each_category.run_each(method, data, out_dir, **options)
         show(metrics, report.metrics_text(metrics))
