@@ -1,16 +1,23 @@
 """What people hand over, built from reports about this kind of software: read right, or refused in one clear line."""
+import json
 import os
+import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
+import soundfile
+from click.testing import CliRunner
 from PIL import Image
 
+from adiff import AnomalyDetector, fit
 from adiff.core import InputError
 from adiff.data.dataset import Dataset
 from adiff.data.images import FULL_FRAME
 from adiff.data.reading import read_dataset
 from adiff.methods.configuration import DataConfig, make_processor
+from adiff.runs.command_line import main
+from adiff.runs.detect import OUTPUTS, detect_files
 
 
 def plate(seed, size=(200, 200), scratch=False):
@@ -241,3 +248,131 @@ def test_a_table_without_the_columns_names_those_it_has(tmp_path):
     pd.DataFrame({"file": ["a.png"], "verdict": ["ok"]}).to_csv(tmp_path / "table.csv", index=False)
     with pytest.raises(InputError, match="has no column object.*it has file, verdict"):
         read_dataset(tmp_path, split_table=tmp_path / "table.csv")
+
+
+# ---- thresholds
+
+CHEAP = {"knn": {"codec": {"kind": "wavelet", "levels": 2}, "data": {"image_size": 32},
+                 "discrepancy": {"memory_size": 100}},
+         "adiff": {"data": {"image_size": 32}, "training": {"length": 2, "batch_size": 2},
+                   "correction": {"num_seeds": 1}, "discrepancy": {"input_size": 32}},
+         "one-class-svm": {}}
+
+
+def train(method, data, out):
+    return fit(method, data, out, overrides=CHEAP[method], device="cpu")
+
+
+def photos(folder, numbers, **options):
+    for number in numbers:
+        save(folder / f"{number:03}.png", number, **options)
+    return folder
+
+
+def hum(path, seed, seconds):
+    "A machine that hums, with noise."
+    generator, time = np.random.default_rng(seed), np.arange(round(seconds * 16000)) / 16000
+    wave = sum(np.sin(2 * np.pi * 100 * k * time + generator.uniform(0, 6)) / k for k in range(1, 6))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, (0.05 * wave + generator.normal(0, 0.02, len(time))).astype(np.float32), 16000)
+
+
+@pytest.mark.parametrize("method, count", [("knn", 5), ("knn", 10), ("adiff", 10)])
+def test_few_normals_give_a_threshold_that_new_ones_pass(tmp_path, method, count, caplog, one_thread):
+    "Each is judged by what was learned without it; ADiff's scores are in the unit that detection uses."
+    detector = train(method, photos(tmp_path / "photos", range(count)), tmp_path / "run")
+    calibration = detector.config.calibration["photos"]
+    assert calibration["n"] == count and calibration["interval"][1] > 0.2
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 1 and f"{count} normal files" in warnings[0] and "\n" not in warnings[0]
+    new = detector([plate(number)[0] for number in range(100, 110)])
+    assert new.is_anomalous.sum() <= 3 and np.abs(new.normalized_scores).max() < 100
+    assert detector([plate(0, scratch=True)[0]]).is_anomalous[0] or method == "adiff"  # hardly trained
+
+
+def test_one_normal_file_gives_no_threshold_and_says_so(tmp_path, caplog, one_thread):
+    detector = train("knn", photos(tmp_path / "photos", range(1)), tmp_path / "run")
+    assert detector.config.calibration is None and "no threshold and no verdict" in caplog.text
+    told = CliRunner().invoke(main, ["detect", str(tmp_path / "run/model"), str(tmp_path / "photos"), "--out",
+                                     str(tmp_path / "found"), "--device", "cpu"])
+    assert told.exit_code == 0 and "no verdict" in told.stdout and "adiff calibrate" in told.stdout
+
+
+def test_identical_normals_have_no_spread(tmp_path, one_thread):
+    tree(tmp_path / "photos", *numbered("{}.png", 6), size=(64, 64))
+    detector = train("knn", tmp_path / "photos", tmp_path / "run")
+    found = detector([np.full((64, 64), 255, np.uint8)])
+    assert detector.config.calibration["photos"]["std"] is None and np.isnan(found.normalized_scores[0])
+
+
+def test_long_recordings_have_the_threshold_of_their_length(tmp_path, one_thread):
+    for number in range(30):
+        hum(tmp_path / f"normal/{number}.wav", number, 4)
+    detector = train("one-class-svm", tmp_path / "normal", tmp_path / "run")
+    for number in range(4):
+        hum(tmp_path / f"new/short{number}.wav", 100 + number, 4)
+        hum(tmp_path / f"new/long{number}.wav", 200 + number, 60)
+    found = detect_files(tmp_path / "run/model", [tmp_path / "new"], tmp_path / "found", device="cpu", save=())
+    long = found.path.str.contains("/long\\d")
+    assert found[long].threshold.min() > found[~long].threshold.max() == detector.config.calibration["normal"]["threshold"]
+    assert found[long].anomalous.sum() <= 1 and found[~long].anomalous.sum() <= 1
+    several = detector([str(tmp_path / "new/long0.wav"), str(tmp_path / "new/short0.wav")])
+    assert several.thresholds[0] == pytest.approx(found[long].threshold.iloc[0])
+
+
+# ---- what detection gives
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, one_thread):
+    folder = tmp_path_factory.mktemp("model")
+    train("knn", photos(folder / "photos", range(20), size=(300, 200)), folder / "run")
+    return folder / "run/model"
+
+
+def test_own_thresholds_and_outputs_of_detection(model, tmp_path):
+    save(tmp_path / "new/scratch.png", 50, scratch=True, size=(300, 200))
+    save(tmp_path / "new/ok.png", 51, size=(300, 200))
+    (tmp_path / "new/notes.txt").touch()
+    found = detect_files(model, [tmp_path / "new"], tmp_path / "out", device="cpu", save=OUTPUTS)
+    assert found.anomalous.tolist() == [False, True]
+    assert [sorted(path.parent.name for path in (tmp_path / "out").rglob("scratch*"))] == [["maps", "masks", "overlays"]]
+    whole = np.asarray(Image.open(tmp_path / "out" / found["map"][1]))
+    mask = np.asarray(Image.open(tmp_path / "out" / found["mask"][1]))
+    assert whole.shape == mask.shape == (200, 300) and whole.dtype == np.float32
+    assert ((whole > found.threshold[1]) == (mask == 255)).all() and mask.any()
+    regions = pd.read_csv(tmp_path / "out/regions.csv")
+    assert regions.path.str.contains("scratch").all() and regions.area.sum() == (mask > 0).sum()
+    first = regions.iloc[0]
+    assert 90 <= first.center_x <= 210 and 30 <= first.center_y <= 60  # where the scratch is
+    assert json.loads((tmp_path / "out/regions.json").read_text())[0]["area"] == first.area
+    save(tmp_path / "other/b.png", 52, size=(300, 200))
+    detect_files(model, [tmp_path / "other"], tmp_path / "out", device="cpu", threshold=1e9)
+    assert sorted(path.name for path in (tmp_path / "out").rglob("*.*")) == ["b.png_overlay.png", "scores.csv"]
+    higher = detect_files(model, [tmp_path / "new"], tmp_path / "out", device="cpu", false_positive_rate=0.001, save=())
+    assert (higher.threshold > found.threshold).all()
+    for wrong in (dict(threshold=1.0, false_positive_rate=0.1), dict(false_positive_rate=2.0), dict(save=("heat",))):
+        with pytest.raises(InputError):
+            detect_files(model, [tmp_path / "new"], tmp_path / "out", device="cpu", **wrong)
+
+
+def test_calibrate_sets_the_threshold_anew(model, tmp_path):
+    shutil.copytree(model, tmp_path / "model")
+    photos(tmp_path / "more", range(200, 215), size=(300, 200))
+    told = CliRunner().invoke(main, ["calibrate", str(tmp_path / "model"), str(tmp_path / "more"), "--device", "cpu",
+                                     "--false-positive-rate", "0.2"])
+    assert told.exit_code == 0 and "15 normal files" in told.stdout, told.stderr
+    calibration = AnomalyDetector.from_pretrained(tmp_path / "model").config.calibration["photos"]
+    assert calibration["n"] == 15 and calibration["false_positive_rate"] == 0.2
+    tree(tmp_path / "mixed", "ok/1.png", "x/2.png")
+    refused = CliRunner().invoke(main, ["calibrate", str(tmp_path / "model"), str(tmp_path / "mixed"), "--device", "cpu"])
+    assert refused.exit_code == 2 and "--normal" in refused.stderr
+
+
+def test_what_detect_skips_is_counted(model, tmp_path):
+    save(tmp_path / "new/a.png", 1)
+    for name in ("b.heic", "c.heic", "d.txt"):
+        (tmp_path / "new" / name).touch()
+    told = CliRunner().invoke(main, ["detect", str(model), str(tmp_path / "new"), "--out", str(tmp_path / "out"),
+                                     "--device", "cpu", "--no-overlays"])
+    assert "left out: 2 suffix .heic, 1 suffix .txt" in told.stdout
+    assert not (tmp_path / "out/overlays").exists()

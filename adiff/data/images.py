@@ -161,6 +161,11 @@ class ImageCanvas(Canvas):
         "Keeps the map (size, size)."
         self.map = anomaly_map
 
+    def whole_map(self) -> np.ndarray:
+        "The map over the original pixels (height, width), 0 where nothing was judged."
+        self.source = read_image(self.source)
+        return self.processor.place(self.map, self.source.size)
+
     def draw(self, path: AnyPath, threshold: float | None = None, limit: float | None = None) -> None:
         "Writes the overlay to `path`."
         image = np.asarray(read_image(self.source))

@@ -36,6 +36,12 @@ class Canvas(ABC):
     def add(self, start: float, tensor: torch.Tensor, anomaly_map: torch.Tensor) -> None:
         "Keeps what was found in the window at `start`: its input (channels, size, size) and its map (size, size)."
 
+    map: Any  # of the whole, float32, set by `add`
+
+    def whole_map(self) -> np.ndarray:
+        "The anomaly map of the whole, float32 (H, W): over the original pixels of an image, over the bands of a sound."
+        return np.asarray(self.map, np.float32)
+
     @abstractmethod
     def draw(self, path: AnyPath, threshold: float | None = None, limit: float | None = None) -> None:
         "Writes the picture of the whole to `path` (PNG). `threshold` and `limit`: see `colour_range`."
