@@ -270,7 +270,7 @@ def test_labelled_folders_that_fit_no_layout_are_refused(tmp_path):
     save(tmp_path / "b/test/dent/000.png")
     save(tmp_path / "c/bottle/ground_truth/dent/000_mask.png")
     for folder in ("a", "c"):
-        with pytest.raises(InputError, match="CATEGORY/train/good"):
+        with pytest.raises(InputError, match="--normal, --abnormal and --masks"):
             read_dataset(tmp_path / folder)
     assert read_dataset(tmp_path / "b").select("test").label.tolist() == [1]  # a category that can only be evaluated
 
@@ -392,8 +392,8 @@ def test_table_with_files_missing(shared, tmp_path):
 @pytest.mark.parametrize("rows, columns, message", [
     (["a,train,normal"], "object,split,label", "no column image"),
     ([], "object,split,label,image,mask", "no rows"),
-    (["a,training,normal,a/0.png,"], "object,split,label,image,mask", "row 2"),
-    (["a,train,normal,a/0.png,", "a,test,broken,a/1.png,"], "object,split,label,image,mask", "row 3"),
+    (["a,practice,normal,a/0.png,"], "object,split,label,image,mask", "row 2"),
+    (["a,train,normal,a/0.png,", "a,test,perhaps,a/1.png,"], "object,split,label,image,mask", "row 3"),
     (["a,train,normal,a/0.png,", "a,test,normal,a/0.png,"], "object,split,label,image,mask", "listed twice"),
     (["a,train,normal,../0.png,"], "object,split,label,image,mask", "relative"),
     (["a,train,anomaly,a/0.png,"], "object,split,label,image,mask", "anomalous image outside the test split"),
@@ -477,7 +477,7 @@ def test_a_split_table_that_is_named_comes_before_every_reader(tmp_path):
 
 
 def test_readers_are_asked_in_order_before_plain_folders(tmp_path):
-    assert list(READERS)[:3] == ["visa", "mvtec", "urbansound8k"]
+    assert list(READERS)[:2] == ["visa", "mvtec"] and "urbansound8k" in READERS
     Image.new("L", (8, 8)).save(tmp_path / "a.png")
     READERS["mine"] = lambda root, categories: Dataset(
         root, "mine", pd.DataFrame([("a.png", "nut", "train", 0, "good", "")], columns=COLUMNS))

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['OFFICIAL', 'FULL_FRAME', 'PROTOCOLS', 'open_image', 'image_size', 'read_image', 'to_tensor', 'to_array',
-           'binary_mask', 'place_map', 'ImageCanvas', 'ImageProcessor']
+           'binary_mask', 'place_map', 'ImageCanvas', 'look_at', 'ImageProcessor']
 
 # %% ../../nbs/data/02_images.ipynb #b5a6d80e
 import os
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -161,11 +161,32 @@ class ImageCanvas(Canvas):
         "Keeps the map (size, size)."
         self.map = anomaly_map
 
+    def whole_map(self) -> np.ndarray:
+        "The map over the original pixels (height, width), 0 where nothing was judged."
+        self.source = read_image(self.source)
+        return self.processor.place(self.map, self.source.size)
+
     def draw(self, path: AnyPath, threshold: float | None = None, limit: float | None = None) -> None:
         "Writes the overlay to `path`."
         image = np.asarray(read_image(self.source))
         placed = self.processor.place(self.map, image.shape[1::-1])
         Image.fromarray(overlay(image, placed, threshold, *colour_range(self.map, threshold, limit))).save(path)
+
+# %% ../../nbs/data/02_images.ipynb #b6acc21a
+def look_at(name: str, resize: int, crop: int, image_size: int | None, sizes: Sequence[tuple[int, int]]) -> list[str]:
+    "Lines for people about pictures (width, height) that are squeezed, cropped and shown to a codec of `image_size`."
+    outer = 100 * (resize - crop) / 2 / resize
+    lines = [f"protocol {name}: " + ("the whole picture is looked at" if crop == resize else
+             f"central {crop} of {resize}: the outer {outer:.0f} % of each side is not looked at")]
+    if image_size:
+        lines.append(f"the codec sees {image_size} x {image_size} pixels"
+                     + f", made of {crop} x {crop}: no more detail is in them" * (image_size > crop))
+        for width, height in [max(sizes)] if sizes else []:
+            covered = [length * crop / resize / min(image_size, crop) for length in (width, height)]
+            lines.append("of a picture of {} x {} a pixel of it covers {:.1f} x {:.1f}: a defect narrower than about "
+                         "{:.0f} pixels of the original cannot be seen".format(width, height, *covered,
+                                                                               2 * max(covered)))
+    return lines
 
 # %% ../../nbs/data/02_images.ipynb #af4279d7
 @dataclass(frozen=True)
@@ -219,6 +240,10 @@ class ImageProcessor(Processor):
     def canvas(self, source: Any, starts: Sequence[float]) -> ImageCanvas: return ImageCanvas(self, source, starts)
 
     def describe(self) -> str: return f"protocol {self.name}: resize {self.resize}, crop {self.crop}, mask > 0"
+
+    def remains(self, image_size: int | None, sizes: Mapping[Any, int]) -> list[str]:
+        "What is looked at of pictures of these `sizes`, and how small a defect may be; see `Processor.remains`."
+        return look_at(self.name, self.resize, self.size, image_size, [size for size in sizes if size])
 
     def config(self) -> str: return self.name
 

@@ -8,7 +8,7 @@ __all__ = ['Canvas', 'colour_range', 'Inputs', 'Processor']
 # %% ../../nbs/data/01_processor.ipynb #5f83a9f3
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -35,6 +35,12 @@ class Canvas(ABC):
     @abstractmethod
     def add(self, start: float, tensor: torch.Tensor, anomaly_map: torch.Tensor) -> None:
         "Keeps what was found in the window at `start`: its input (channels, size, size) and its map (size, size)."
+
+    map: Any  # of the whole, float32, set by `add`
+
+    def whole_map(self) -> np.ndarray:
+        "The anomaly map of the whole, float32 (H, W): over the original pixels of an image, over the bands of a sound."
+        return np.asarray(self.map, np.float32)
 
     @abstractmethod
     def draw(self, path: AnyPath, threshold: float | None = None, limit: float | None = None) -> None:
@@ -121,6 +127,13 @@ class Processor(Inputs):
     @abstractmethod
     def describe(self) -> str:
         "One line for the notes under a number."
+
+    def remains(self, image_size: int | None, sizes: Mapping[Any, int]) -> list[str]:
+        """Lines for people: what is looked at, and what a codec that sees `image_size` x `image_size` can see of it.
+
+        `sizes`: the sizes of the files, as `Dataset.summary` counts them.
+        """
+        return [self.describe()] + [f"the codec sees {image_size} x {image_size} pixels"] * (image_size is not None)
 
     @abstractmethod
     def config(self) -> str | dict[str, Any]:

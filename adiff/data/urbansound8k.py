@@ -55,13 +55,20 @@ def _folds(folds: Iterable[int]) -> str:
     return f"folds {', '.join(map(str, most))} and {last}" if most else f"fold {last}"
 
 # %% ../../nbs/data/07_urbansound8k.ipynb #1ff0755a
+def _table_of(root: Path) -> Path:
+    "Where the table lies: metadata/UrbanSound8K.csv, or beside the folds, as Kaggle's copy has it."
+    beside = root/"UrbanSound8K.csv"
+    return beside if beside.is_file() else root/"metadata"/"UrbanSound8K.csv"
+
+
 def _sound_files(root: Path) -> dict[tuple[int, str], str]:
     "{(fold, name without suffix): path relative to `root`} of the clips that are there. No file is opened."
     files = {}  # where a clip is there in several formats the last wins: .wav, then .ogg, then .flac
+    audio = "audio/" if (root/"audio").is_dir() else ""
     for fold in range(1, 11):
-        for path in sorted((root/"audio"/f"fold{fold}").glob("*")):
+        for path in sorted((root/f"{audio}fold{fold}").glob("*")):
             if kind_of(path) == "sound" and not path.name.startswith(".") and path.is_file():
-                files[fold, path.stem] = f"audio/fold{fold}/{path.name}"
+                files[fold, path.stem] = f"{audio}fold{fold}/{path.name}"
     return files
 
 # %% ../../nbs/data/07_urbansound8k.ipynb #93427992
@@ -163,6 +170,8 @@ def _protocol_notes(chosen: list[str]) -> list[str]:
 def read_urbansound8k(root: AnyPath, categories: str | Sequence[str] = "all") -> Dataset:
     """The `Dataset` of sounds in the official tree `root`: metadata/UrbanSound8K.csv and audio/fold1 to fold10.
 
+    Kaggle's copy has the table beside the folds; that is read, too.
+
     `categories`: "all" (the ten one-vs-rest problems), or names of classes and "rare_events", separated by commas or
     as a list. Test rows are all clips of fold 10, once per category. Clips are .wav, .flac or .ogg; those of the table
     that are absent are left out. `notes` tells what was found, what each fold serves for, and per category the AUROC
@@ -172,7 +181,7 @@ def read_urbansound8k(root: AnyPath, categories: str | Sequence[str] = "all") ->
     root = Path(os.path.abspath(root))
     every = isinstance(categories, str) and categories.strip() == "all"
     chosen = list(CLASSES) if every else chosen_categories(categories, [*CLASSES, "rare_events"])
-    file = root/"metadata"/"UrbanSound8K.csv"
+    file = _table_of(root)
     clips, found = _find_clips(root, _read_metadata(file))
     clips, served = _split_clips(file, clips)
     problems = {category: _problem(clips, category) for category in chosen}
@@ -189,4 +198,4 @@ def read_urbansound8k(root: AnyPath, categories: str | Sequence[str] = "all") ->
 @register_reader("urbansound8k")
 def _read_if_urbansound8k(root: Path, categories: str | Sequence[str]) -> Dataset | None:
     "The `Dataset`, or None for another layout."
-    return read_urbansound8k(root, categories) if (root/"metadata"/"UrbanSound8K.csv").is_file() else None
+    return read_urbansound8k(root, categories) if _table_of(root).is_file() else None

@@ -34,7 +34,7 @@ from .hub import download, upload
 from .safe_loading import check_index, check_weights, no_loading_bar
 from ..machine import network_precision
 from ..networks.fast_cpu import fast
-from ..scores.calibration import calibrate_scores, map_scores
+from ..scores.calibration import calibrate_scores, map_scores, threshold_for
 
 # %% ../../nbs/detector/02_pipeline.ipynb #12d2b74a
 @dataclass
@@ -46,8 +46,10 @@ class AnomalyOutput(BaseOutput):
         standard deviations of held-out normals for ADiff. Of a long sound, the map of its highest window.
     reconstructions: (N, H, W, channels) in [0, 1], what it would look like if it were normal; None without a decoder.
     discrepancies: name -> (N, size, size), each map before combination.
-    normalized_scores: (N,) scores in standard deviations above the mean of held-out normals; None if not calibrated.
-    is_anomalous: (N,) bool, scores above the threshold from held-out normals; None if not calibrated.
+    normalized_scores: (N,) scores in standard deviations above the mean of normals; NaN where these have no spread;
+        None if not calibrated.
+    is_anomalous: (N,) bool, scores above the threshold from normals; None if not calibrated.
+    thresholds: (N,) the threshold of each, higher for longer recordings; None if not calibrated.
     categories: N names, the category that each was compared with.
     """
 
@@ -57,6 +59,7 @@ class AnomalyOutput(BaseOutput):
     discrepancies: dict
     normalized_scores: np.ndarray | None = None
     is_anomalous: np.ndarray | None = None
+    thresholds: np.ndarray | None = None
     categories: list[str] | None = None
 
 # %% ../../nbs/detector/02_pipeline.ipynb #b6facd14
@@ -135,20 +138,35 @@ class _Labels(_Preprocessing):
 class _Calibration(_Labels):
     "From scores to decisions."
 
-    def calibrate(self, scores: Any, categories: Any) -> None:
-        "Sets threshold, mean and std of every category from `scores` (n,) of held-out normals and their `categories`."
-        scores, categories = np.asarray(scores), np.asarray(categories)
-        self.register_to_config(calibration={name: calibrate_scores(scores[categories == name])
-                                             for name in self.config.categories if (categories == name).any()})
+    def calibrate(self, scores: Any, categories: Any, files: Any = None, false_positive_rate: float = 0.05) -> None:
+        """Sets the threshold of every category from normal `scores` (n,), one for each window, and their `categories`.
 
-    def calibrated(self, scores: np.ndarray, categories: Sequence[str]) -> dict[str, Any]:
-        "normalized_scores and is_anomalous for `scores` (N,) of these `categories`; {} if one was never calibrated."
-        known = self.config.calibration
-        if not known or not set(categories) <= set(known):
-            return {}
-        mean, std, threshold = (np.array([known[name][key] for name in categories])
-                                for key in ("mean", "std", "threshold"))
-        return {"normalized_scores": (scores - mean) / std, "is_anomalous": scores > threshold}
+        `files` (n,): which file each window is of; None: each of its own.
+        """
+        scores, categories = np.asarray(scores), np.asarray(categories)
+        files = np.arange(len(scores)) if files is None else np.asarray(files)
+        self.register_to_config(calibration={
+            name: calibrate_scores(scores[categories == name], false_positive_rate,
+                                   len(np.unique(files[categories == name])))
+            for name in self.config.categories if (categories == name).any()})
+
+    def calibrated(self, scores: np.ndarray, categories: Sequence[str], windows: Sequence[int] | None = None,
+                   threshold: float | None = None, false_positive_rate: float | None = None) -> dict[str, Any]:
+        """normalized_scores, is_anomalous and thresholds for `scores` (N,) of these `categories`.
+
+        `windows` (N,): of how many windows each is the highest. `threshold` or `false_positive_rate` win over the
+        calibration. {} if there is neither a threshold nor a calibration of every category.
+        """
+        known = self.config.calibration or {}
+        if not set(categories) <= set(known):
+            thresholds = np.full(len(scores), np.nan if threshold is None else threshold)
+            return {} if threshold is None else {"normalized_scores": np.full(len(scores), np.nan),
+                                                 "is_anomalous": scores > thresholds, "thresholds": thresholds}
+        mean, std = (np.array([known[name][key] for name in categories], float) for key in ("mean", "std"))
+        thresholds = np.array([threshold_for(known[name], count, false_positive_rate) if threshold is None else threshold
+                               for name, count in zip(categories, windows or [1] * len(scores))])
+        return {"normalized_scores": (scores - mean) / std, "is_anomalous": scores > thresholds,
+                "thresholds": thresholds}
 
 # %% ../../nbs/detector/02_pipeline.ipynb #5b108683
 class _Detection(_Calibration):
@@ -206,12 +224,14 @@ class Detected(NamedTuple):
     input: torch.Tensor                  # (channels, size, size)
     reconstruction: torch.Tensor | None  # (channels, image_size, image_size) on the CPU
     seconds: float                       # how long detection took
-    label: int                           # the class that it was compared with
+    label: int = 0                       # the class that it was compared with
+    windows: int = 1                     # of how many windows this is the highest
 
 
 def higher(one: Detected, other: Detected) -> Detected:
-    "The one with the higher score, the first if they are equal; the seconds are added."
-    return (other if other.score > one.score else one)._replace(seconds=one.seconds + other.seconds)
+    "The one with the higher score, the first if they are equal; seconds and windows are added."
+    return (other if other.score > one.score else one)._replace(seconds=one.seconds + other.seconds,
+                                                                windows=one.windows + other.windows)
 
 # %% ../../nbs/detector/02_pipeline.ipynb #a3451b61
 Batches = Iterable[tuple[Sequence[tuple[int, float]], torch.Tensor]]  # n times (row, start), and inputs (n, ...)
@@ -278,7 +298,7 @@ class _Answering(_Streaming):
         images: Any = [one.reconstruction for one in found]
         images = None if images[0] is None else (torch.stack(images) / 2 + 0.5).clamp(0, 1).movedim(1, -1).numpy()
         return AnomalyOutput(scores, maps.pop("anomaly"), images, maps, categories=categories,
-                             **self.calibrated(scores, categories))
+                             **self.calibrated(scores, categories, [one.windows for one in found]))
 
     @torch.no_grad()
     def __call__(self, sources: Any, category: str | Sequence[str] | None = None,

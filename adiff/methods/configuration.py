@@ -236,13 +236,15 @@ def parse_overrides(text: str | dict | None) -> dict[str, Any]:
 _example = "'{\"codec\": {\"kind\": \"taef2\"}}'"
 
 # %% ../../nbs/methods/00_configuration.ipynb #3febc3b6
-def make_processor(data: DataConfig, dataset: Dataset) -> Processor:
-    "The processor for the files of a `dataset`; reads training sounds, at most 1000, if they are sounds."
+def make_processor(data: DataConfig, dataset: Dataset, measured: bool = True) -> Processor:
+    "The processor for the files of a `dataset`; if they are sounds, `measured` on training sounds, at most 1000."
     if dataset.kind == "image":
-        return PROTOCOLS[data.protocol or ("full_frame" if dataset.select("test").empty else "official")]
+        return PROTOCOLS[data.protocol or ("official" if dataset.benchmark else "full_frame")]
     if data.front_end == "audioset":
         return _audioset_picture(data)
     processor = LogMel(data.sample_rate, data.seconds, data.mel_bands, data.n_fft, mix=data.mix)
+    if not measured:
+        return processor
     normals = dataset.select("train").path
     paths = [dataset.root / path for path in normals.iloc[fixed_subset(len(normals))]]
     return processor.fitted(progress(paths, desc="measuring sounds", unit="sound"))

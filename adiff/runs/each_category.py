@@ -21,20 +21,21 @@ from .fit import check_same_run, describe_run, fit
 def run_each(method: str, data_root: AnyPath, out_dir: AnyPath, preset: str = "cpu",
              categories: str | Sequence[str] = "all", seed: int = 0, device: str = "auto",
              overrides: dict | None = None, resume: bool = False, split_table: AnyPath | None = None,
-             processes: int | None = None) -> dict[str, Any]:
+             processes: int | None = None, labels: dict | None = None) -> dict[str, Any]:
     """Trains and evaluates a detector per category in `out_dir`/CATEGORY, or in `out_dir` itself for a single one.
 
     Arguments as in `fit`. Returns the joint metrics, in the form that `evaluate` returns; with several categories they
     are also written to `out_dir`/metrics.json. Evaluated runs are not repeated with `resume`.
     """
-    names = read_dataset(data_root, categories, split_table).categories
+    names = read_dataset(data_root, categories, split_table, **(labels or {})).categories
     results = []
     for name, run in zip(names, run_folders(out_dir, {"categories": names})):
         if resume and (run / "metrics.json").exists():
-            check_same_run(run, describe_run(method, data_root, preset, name, seed, overrides, split_table)[0])
+            check_same_run(run, describe_run(method, data_root, preset, name, seed, overrides, split_table,
+                                             labels)[0])
             results.append(read_json(run / "metrics.json"))
         else:
-            fit(method, data_root, run, preset, name, seed, device, overrides, resume, split_table, processes)
+            fit(method, data_root, run, preset, name, seed, device, overrides, resume, split_table, processes, labels)
             results.append(evaluate(run, device))
     if len(names) > 1:
         write_json(Path(out_dir) / "metrics.json", joint_metrics(results))

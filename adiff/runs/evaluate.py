@@ -360,7 +360,7 @@ def open_run(run: Path, device: str) -> tuple[dict[str, Any], pd.DataFrame, Anom
     place, about = resolve_device(device), record["dataset"]
     use_machine(place, (record["parameters"].get("training") or {}).get("deterministic", False), record)
     detector = AnomalyDetector.from_pretrained(run / "model").to(place)
-    dataset = read_dataset(about["root"], about["categories"], about["split_table"])
+    dataset = read_dataset(about["root"], about["categories"], about["split_table"], **about.get("labels", {}))
     if dataset.fingerprint() != about["fingerprint"]:
         raise InputError(f"{about['root']}: the data has changed since {run} was trained on it; train again")
     if dataset.select("test").empty:

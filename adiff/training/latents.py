@@ -112,8 +112,9 @@ class WatchedFiles:
 
     def __init__(self, dataset: Dataset, rows: pd.DataFrame, advice: str) -> None:
         self.root, self.advice = dataset.root, advice
+        masks = "\n".join(rows["mask"]).split("\n")  # a row may have several
         self.before = {path: self._look(path)
-                       for path in (os.path.join(dataset.root, file) for file in (*rows.path, *rows["mask"]) if file)}
+                       for path in (os.path.join(dataset.root, file) for file in (*rows.path, *masks) if file)}
 
     def __enter__(self) -> "WatchedFiles":
         return self

@@ -30,7 +30,7 @@ from ..detector.pipeline import AnomalyDetector
 from ..machine import compiled, use_machine
 from ..networks.fast_cpu import fast
 from .checkpoints import load_checkpoint, save_checkpoint
-from .held_out import held_out_scores, normal_images, normal_latents
+from .held_out import is_trained, learn_normals
 from .latents import TrainingLatents, WatchedFiles, watched_normals
 from .logs import TrainingLog, check_trackers, diverged, start_trackers, write_log
 from .loop import (batch_indices, data_position, denoising_losses, learning_rate_factor, own_generators,
@@ -283,22 +283,16 @@ def train(detector: AnomalyDetector, dataset: Dataset, training: TrainingConfig,
     accelerator = _accelerator(training, out_dir, device)
     detector.to(accelerator.device)
     detector.codec.requires_grad_(False).eval()
-    normals, held_out = dataset.select("train"), dataset.select("validation")
+    normals = dataset.select("train")
     if normals.empty:
         raise InputError(f"{dataset.root}: no training {dataset.kind}s")
     if training.deterministic:
         use_machine(accelerator.device, deterministic=True)
     began, log = time.monotonic(), []
     with watched_normals(dataset) as watched:
-        if hasattr(detector.network, "fit"):
-            detector.network.fit(*(normal_latents(detector, dataset, rows) for rows in (normals, held_out)))
-        elif detector.network is not None:
+        if is_trained(detector):
             log = train_network(accelerator, detector, dataset, training, seed, out_dir, resume, watched)
-        detector.discrepancy.fit(z for z, _ in normal_latents(detector, dataset, normals))
-        if detector.discrepancy.sees_images:
-            detector.discrepancy.fit_images(*(normal_images(detector, dataset, rows) for rows in (normals, held_out)))
-        if not held_out.empty:
-            detector.calibrate(held_out_scores(detector, dataset, held_out), held_out.category)
+        learn_normals(detector, dataset)
     log = log or [{"step": 0, "seconds": round(time.monotonic() - began, 3)}]
     if out_dir is not None and accelerator.is_main_process:
         write_log(out_dir, log)

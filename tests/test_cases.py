@@ -1,0 +1,378 @@
+"""What people hand over, built from reports about this kind of software: read right, or refused in one clear line."""
+import json
+import os
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import soundfile
+from click.testing import CliRunner
+from PIL import Image
+
+from adiff import AnomalyDetector, fit
+from adiff.core import InputError
+from adiff.data.dataset import Dataset
+from adiff.data.images import FULL_FRAME
+from adiff.data.reading import read_dataset
+from adiff.methods.configuration import DataConfig, make_processor
+from adiff.runs.command_line import main
+from adiff.runs.detect import OUTPUTS, detect_files
+
+
+def plate(seed, size=(200, 200), scratch=False):
+    "A grey plate with a round hole, uint8 (h, w, 3), and the mask of its scratch, bool (h, w)."
+    generator, (width, height) = np.random.default_rng(seed), size
+    y, x = np.mgrid[:height, :width]
+    image = np.full((height, width), 150.0)
+    image[np.hypot(x - width / 2, y - height / 2) < 0.2 * min(size)] = 60
+    mask = np.zeros((height, width), bool)
+    if scratch:
+        mask[int(0.2 * height):int(0.2 * height) + 8, int(0.3 * width):int(0.7 * width)] = True
+        image[mask] = 240
+    image += generator.normal(0, 4, image.shape)
+    return np.repeat(image.clip(0, 255).astype(np.uint8)[..., None], 3, 2), mask
+
+
+def save(path, seed=0, scratch=False, size=(200, 200), **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(plate(seed, size, scratch)[0]).save(path, **options)
+
+
+def tree(root, *names, value=255, size=(8, 8)):
+    "Small files of one grey value under `root`, which is returned."
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", size, value).save(root / name)
+    return root
+
+
+def counts(dataset):
+    "{(split, label): number of files}."
+    return dataset.samples.groupby(["split", "label"]).size().to_dict()
+
+
+def numbered(pattern, count):
+    return [pattern.format(i) for i in range(count)]
+
+
+# ---- labels never fall open
+
+@pytest.mark.parametrize("name", ["Good", "ok", "normal", "GOOD", "good ", "OK", "Nominal", "pass", "Not defective"])
+def test_names_for_normal(tmp_path, name):
+    tree(tmp_path, *numbered("part/train/good/{}.png", 8), *numbered(f"part/test/{name}/{{}}.png", 4),
+         *numbered("part/test/scratch/{}.png", 4), *numbered("part/ground_truth/scratch/{}_mask.png", 4))
+    dataset = read_dataset(tmp_path)
+    assert counts(dataset) == {("train", 0): 7, ("validation", 0): 1, ("test", 0): 4, ("test", 1): 4}
+    assert set(dataset.samples.defect) == {"good", "scratch"}
+
+
+@pytest.mark.parametrize("name", ["bad", "NG", "Defect", "abnormal", "anomaly", "ko", "fault", "not ok", "NotOK"])
+def test_two_folders_are_read_as_what_they_are(tmp_path, name):
+    tree(tmp_path, *numbered("OK/{}.png", 10), *numbered(f"{name}/{{}}.png", 3))
+    assert counts(read_dataset(tmp_path)) == {("train", 0): 7, ("validation", 0): 1, ("test", 0): 2, ("test", 1): 3}
+
+
+def test_training_folders_of_other_names(tmp_path):
+    tree(tmp_path, *numbered("part/train/Good/{}.png", 8), *numbered("part/train/bad/{}.png", 2),
+         *numbered("part/test/Good/{}.png", 2), *numbered("part/test/NG/{}.png", 2))
+    dataset = read_dataset(tmp_path)
+    assert counts(dataset) == {("train", 0): 7, ("validation", 0): 1, ("test", 0): 2, ("test", 1): 2}
+    assert any("2 files of train/bad" in note for note in dataset.notes)
+    assert any("2 files in part/train/bad" in line for line in dataset.left_out)
+
+
+@pytest.mark.parametrize("names", [
+    ["1.png", "ng/2.png"],                          # normal files beside a folder of anomalous ones
+    ["good/1.png", "scratch/2.png", "dent/3.png"],  # a test folder of the MVTec layout
+    ["line1/day1/ok/1.png", "line1/day1/ng/2.png", "line2/3.png", "4.png"],
+    ["part_1_ok.png", "part_2_NG.png"],
+    ["a/1.png", "a/2.png", "masks/1.png"],
+    ["1.png", "1_mask.png", "2.png"],
+    ["ground_truth/dent/1.png"],
+    ["pictures/1.jpg", "pictures/1.png", "pictures/2.jpg"],  # a PNG of two values beside its photograph
+    ["ok_and_ng/1.png"],
+    ["train/1.png"],
+])
+def test_what_names_several_things_is_refused(tmp_path, names):
+    tree(tmp_path / "x", *names)
+    with pytest.raises(InputError, match="--normal, --abnormal and --masks") as error:
+        read_dataset(tmp_path / "x")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("mask", ["masks/{}.png", "photos/{}_label.bmp", "photos/{}_GT.png", "photos/{}.png"])
+def test_a_mask_for_every_image_labels_it(tmp_path, mask):
+    tree(tmp_path, *numbered("photos/{}.jpg", 6), mask.format(5))
+    tree(tmp_path, *numbered(mask, 5), value=0)
+    dataset = read_dataset(tmp_path)
+    assert counts(dataset) == {("train", 0): 3, ("validation", 0): 1, ("test", 0): 1, ("test", 1): 1}
+    assert dataset.samples["mask"].max().endswith(mask.format(5)) and dataset.left_out == [
+        "5 files in " + mask.split("/")[0] + ": no place in the layout (first " + mask.format(0) + ")"]
+
+
+@pytest.mark.parametrize("name", ["bad", "NG", "ground_truth", "masks"])
+def test_a_folder_that_is_called_anomalous_is_no_training_data(tmp_path, name):
+    folder = tree(tmp_path / name, *numbered("{}.png", 4))
+    with pytest.raises(InputError, match="--normal ."):
+        read_dataset(folder)
+    assert counts(read_dataset(folder, normal=".")) == {("train", 0): 3, ("validation", 0): 1}
+
+
+def test_flags_say_what_is_what(tmp_path):
+    tree(tmp_path, *numbered("photos/{}.png", 10), *numbered("returned/{}.png", 2), "painted/0.png", "old/a.png")
+    dataset = read_dataset(tmp_path, normal="photos", abnormal="returned", masks="painted")
+    assert counts(dataset) == {("train", 0): 7, ("validation", 0): 1, ("test", 0): 2, ("test", 1): 2}
+    assert dataset.samples["mask"].max() == "painted/0.png" and "1 file in old: not read" in dataset.left_out[0]
+    assert counts(read_dataset(tmp_path, abnormal=["returned"], masks=["paint*/*"]))["test", 1] == 2
+    os.chdir(tmp_path.parent)
+    assert counts(read_dataset(tmp_path, normal=f"{tmp_path.name}/photos")) == {("train", 0): 7, ("validation", 0): 1,
+                                                                             ("test", 0): 2}
+    with pytest.raises(InputError, match="--abnormal nowhere"):
+        read_dataset(tmp_path, abnormal="nowhere")
+    with pytest.raises(InputError, match="both"):
+        read_dataset(tmp_path, normal=["photos"], abnormal=["photos/1.png"])
+
+
+def test_benchmarks_as_downloaded(tmp_path):
+    three = tree(tmp_path / "3d", "bagel/train/good/rgb/0.png", "bagel/train/good/xyz/0.tiff",
+                 "bagel/validation/good/rgb/1.png", "bagel/test/crack/rgb/2.png", "bagel/test/crack/xyz/2.tiff",
+                 "bagel/test/crack/gt/2.png")
+    dataset = read_dataset(three)
+    assert sorted(dataset.samples.path) == ["bagel/test/crack/rgb/2.png", "bagel/train/good/rgb/0.png",
+                                            "bagel/validation/good/rgb/1.png"]
+    assert dataset.samples["mask"].max() == "bagel/test/crack/gt/2.png" and len(dataset.left_out) == 2
+    btad = tree(tmp_path / "BTech", "BTech_transformed/01/train/ok/0.bmp", "BTech_transformed/01/test/ok/1.bmp",
+                "BTech_transformed/01/test/ko/2.bmp", "BTech_transformed/01/ground_truth/ko/2.png")
+    assert read_dataset(btad).samples["mask"].max() == "01/ground_truth/ko/2.png"  # unpacked into a folder of its own
+
+
+def test_several_masks_are_united(tmp_path):
+    tree(tmp_path, "box/train/good/0.png", "box/test/logical_anomalies/3.png")
+    for name, rows in (("000", slice(0, 2)), ("001", slice(4, 6))):
+        mask = np.zeros((8, 8), np.uint8)
+        mask[rows] = 7  # LOCO's masks have a value for each type of defect
+        tree(tmp_path, f"box/ground_truth/logical_anomalies/3/{name}.png")
+        Image.fromarray(mask).save(tmp_path / f"box/ground_truth/logical_anomalies/3/{name}.png")
+    dataset = read_dataset(tmp_path)
+    found = dataset.mask(dataset.select("test").iloc[0], FULL_FRAME.at(8))
+    assert found.any(1).tolist() == [True, True, False, False, True, True, False, False]
+    assert dataset.fingerprint()
+
+
+# ---- what was read is said
+
+def test_sub_folders_links_and_suffixes(tmp_path):
+    part = tmp_path / "d/part"
+    tree(part, *numbered("train/good/cam1/{}.png", 6), *numbered("train/good/cam2/{}.png", 6),
+         *numbered("train/good/{}.png", 3), "test/good/cam1/0.png", "test/scratch/cam1/0.png", "test/scratch/0.png",
+         "ground_truth/scratch/cam1/0_mask.png", "ground_truth/scratch/0_mask.png")
+    dataset = read_dataset(tmp_path / "d")
+    assert counts(dataset) == {("train", 0): 13, ("validation", 0): 2, ("test", 0): 1, ("test", 1): 2}
+    masks = dataset.samples.set_index("path")["mask"]
+    assert masks["part/test/scratch/cam1/0.png"] == "part/ground_truth/scratch/cam1/0_mask.png"
+    assert masks["part/test/scratch/0.png"] == "part/ground_truth/scratch/0_mask.png" and dataset.left_out == []
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    store = tree(tmp_path / "store", *numbered("a/{}.png", 6))
+    days = tree(tmp_path / "days", *numbered("day2/{}.png", 2))
+    (days / "day1").symlink_to(store / "a")
+    (days / "day1again").symlink_to(store / "a")
+    (days / "back").symlink_to(days)
+    dataset = read_dataset(days)
+    assert len(dataset.samples) == 8 and len(dataset.left_out) == 1 and "2 files: a link" in dataset.left_out[0]
+    files = tmp_path / "files"
+    files.mkdir()
+    for path in (store / "a").iterdir():
+        (files / path.name).symlink_to(path)
+    assert len(read_dataset(files).samples) == 6
+
+
+def test_every_suffix_is_read_or_counted(tmp_path):
+    for suffix in ("jpg", "JPEG", "png", "bmp", "tif", "TIFF", "webp", "gif", "ppm", "pgm", "jp2", "jfif", "tga"):
+        save(tmp_path / f"kinds/{suffix}.{suffix}")
+    (tmp_path / "kinds/photo.heic").write_bytes(bytes(100))
+    (tmp_path / "kinds/none").write_bytes(bytes(100))
+    dataset = read_dataset(tmp_path / "kinds")
+    assert len(dataset.samples) == 13
+    assert sorted(line.split(" (")[0] for line in dataset.left_out) == ["1 file: no suffix", "1 file: suffix .heic"]
+
+
+def test_the_summary_says_what_matters(tmp_path):
+    tree(tmp_path / "part", *numbered("train/good/{}.png", 10), "test/edge/0.png", size=(600, 400))
+    (tmp_path / "part/notes.txt").touch()
+    text = read_dataset(tmp_path).summary(FULL_FRAME, 64)
+    for said in ("600 x 400", "anomalous", "left out: 1 file: suffix .txt", "whole picture", "narrower than about 19"):
+        assert said in text, text
+
+
+@pytest.mark.parametrize("category, size, wanted", [
+    ("bottle", (288, 288), "official"), ("bottle", (900, 900), "official"), ("bottle", (600, 400), "full_frame"),
+    ("part", (288, 288), "full_frame"), ("bottle", (640, 640), "full_frame")])
+def test_own_data_are_judged_whole(tmp_path, category, size, wanted):
+    "The benchmark's central crop is for the benchmark: its categories, in its sizes."
+    for name in ("train/good/0.png", "train/good/1.png", "test/good/2.png", "test/edge/3.png"):
+        tree(tmp_path / category, name, size=size)
+    dataset = read_dataset(tmp_path)
+    assert make_processor(DataConfig(), dataset).name == wanted
+    assert make_processor(DataConfig(protocol="official"), dataset).name == "official"
+
+
+# ---- tables from elsewhere
+
+@pytest.mark.parametrize("change", [
+    lambda text: "\ufeff" + text.replace("\n", "\r\n"),
+    lambda text: text.replace("candle/", "candle\\").replace("Images/", "Images\\"),
+    lambda text: text.replace(",", ";"),
+    lambda text: text.replace(".JPG", ".jpg"),
+    lambda text: text.replace(",", ", "),
+    lambda text: text.replace("object,split,label,image,mask", "Object,Split,Label,Image,Mask"),
+    lambda text: text.replace("anomaly,candle", "NG,candle"),
+])
+def test_tables_as_spreadsheets_write_them(tmp_path, change):
+    rows = ["object,split,label,image,mask"]
+    for index in range(8):
+        tree(tmp_path, f"candle/Images/Normal/{index}.JPG")
+        rows.append(f"candle,train,normal,candle/Images/Normal/{index}.JPG,")
+    tree(tmp_path, "candle/Images/Anomaly/0.JPG", "candle/Masks/0.png")
+    rows.append("candle,test,anomaly,candle/Images/Anomaly/0.JPG,candle/Masks/0.png")
+    table = tmp_path / "table.csv"
+    table.write_bytes(change("\n".join(rows) + "\n").encode())
+    dataset = read_dataset(tmp_path, split_table=table)
+    assert counts(dataset) == {("train", 0): 7, ("validation", 0): 1, ("test", 1): 1}
+    assert isinstance(dataset, Dataset) and dataset.samples["mask"].max() == "candle/Masks/0.png"
+
+
+def test_a_table_without_the_columns_names_those_it_has(tmp_path):
+    pd.DataFrame({"file": ["a.png"], "verdict": ["ok"]}).to_csv(tmp_path / "table.csv", index=False)
+    with pytest.raises(InputError, match="has no column object.*it has file, verdict"):
+        read_dataset(tmp_path, split_table=tmp_path / "table.csv")
+
+
+# ---- thresholds
+
+CHEAP = {"knn": {"codec": {"kind": "wavelet", "levels": 2}, "data": {"image_size": 32},
+                 "discrepancy": {"memory_size": 100}},
+         "adiff": {"data": {"image_size": 32}, "training": {"length": 2, "batch_size": 2},
+                   "correction": {"num_seeds": 1}, "discrepancy": {"input_size": 32}},
+         "one-class-svm": {}}
+
+
+def train(method, data, out):
+    return fit(method, data, out, overrides=CHEAP[method], device="cpu")
+
+
+def photos(folder, numbers, **options):
+    for number in numbers:
+        save(folder / f"{number:03}.png", number, **options)
+    return folder
+
+
+def hum(path, seed, seconds):
+    "A machine that hums, with noise."
+    generator, time = np.random.default_rng(seed), np.arange(round(seconds * 16000)) / 16000
+    wave = sum(np.sin(2 * np.pi * 100 * k * time + generator.uniform(0, 6)) / k for k in range(1, 6))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, (0.05 * wave + generator.normal(0, 0.02, len(time))).astype(np.float32), 16000)
+
+
+@pytest.mark.parametrize("method, count", [("knn", 5), ("knn", 10), ("adiff", 10)])
+def test_few_normals_give_a_threshold_that_new_ones_pass(tmp_path, method, count, caplog, one_thread):
+    "Each is judged by what was learned without it; ADiff's scores are in the unit that detection uses."
+    detector = train(method, photos(tmp_path / "photos", range(count)), tmp_path / "run")
+    calibration = detector.config.calibration["photos"]
+    assert calibration["n"] == count and calibration["interval"][1] > 0.2
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 1 and f"{count} normal files" in warnings[0] and "\n" not in warnings[0]
+    new = detector([plate(number)[0] for number in range(100, 110)])
+    assert new.is_anomalous.sum() <= 3 and np.abs(new.normalized_scores).max() < 100
+    assert detector([plate(0, scratch=True)[0]]).is_anomalous[0] or method == "adiff"  # hardly trained
+
+
+def test_one_normal_file_gives_no_threshold_and_says_so(tmp_path, caplog, one_thread):
+    detector = train("knn", photos(tmp_path / "photos", range(1)), tmp_path / "run")
+    assert detector.config.calibration is None and "no threshold and no verdict" in caplog.text
+    told = CliRunner().invoke(main, ["detect", str(tmp_path / "run/model"), str(tmp_path / "photos"), "--out",
+                                     str(tmp_path / "found"), "--device", "cpu"])
+    assert told.exit_code == 0 and "no verdict" in told.stdout and "adiff calibrate" in told.stdout
+
+
+def test_identical_normals_have_no_spread(tmp_path, one_thread):
+    tree(tmp_path / "photos", *numbered("{}.png", 6), size=(64, 64))
+    detector = train("knn", tmp_path / "photos", tmp_path / "run")
+    found = detector([np.full((64, 64), 255, np.uint8)])
+    assert detector.config.calibration["photos"]["std"] is None and np.isnan(found.normalized_scores[0])
+
+
+def test_long_recordings_have_the_threshold_of_their_length(tmp_path, one_thread):
+    for number in range(30):
+        hum(tmp_path / f"normal/{number}.wav", number, 4)
+    detector = train("one-class-svm", tmp_path / "normal", tmp_path / "run")
+    for number in range(4):
+        hum(tmp_path / f"new/short{number}.wav", 100 + number, 4)
+        hum(tmp_path / f"new/long{number}.wav", 200 + number, 60)
+    found = detect_files(tmp_path / "run/model", [tmp_path / "new"], tmp_path / "found", device="cpu", save=())
+    long = found.path.str.contains("/long\\d")
+    assert found[long].threshold.min() > found[~long].threshold.max() == detector.config.calibration["normal"]["threshold"]
+    assert found[long].anomalous.sum() <= 1 and found[~long].anomalous.sum() <= 1
+    several = detector([str(tmp_path / "new/long0.wav"), str(tmp_path / "new/short0.wav")])
+    assert several.thresholds[0] == pytest.approx(found[long].threshold.iloc[0])
+
+
+# ---- what detection gives
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, one_thread):
+    folder = tmp_path_factory.mktemp("model")
+    train("knn", photos(folder / "photos", range(20), size=(300, 200)), folder / "run")
+    return folder / "run/model"
+
+
+def test_own_thresholds_and_outputs_of_detection(model, tmp_path):
+    save(tmp_path / "new/scratch.png", 50, scratch=True, size=(300, 200))
+    save(tmp_path / "new/ok.png", 51, size=(300, 200))
+    (tmp_path / "new/notes.txt").touch()
+    found = detect_files(model, [tmp_path / "new"], tmp_path / "out", device="cpu", save=OUTPUTS)
+    assert found.anomalous.tolist() == [False, True]
+    assert [sorted(path.parent.name for path in (tmp_path / "out").rglob("scratch*"))] == [["maps", "masks", "overlays"]]
+    whole = np.asarray(Image.open(tmp_path / "out" / found["map"][1]))
+    mask = np.asarray(Image.open(tmp_path / "out" / found["mask"][1]))
+    assert whole.shape == mask.shape == (200, 300) and whole.dtype == np.float32
+    assert ((whole > found.threshold[1]) == (mask == 255)).all() and mask.any()
+    regions = pd.read_csv(tmp_path / "out/regions.csv")
+    assert regions.path.str.contains("scratch").all() and regions.area.sum() == (mask > 0).sum()
+    first = regions.iloc[0]
+    assert 90 <= first.center_x <= 210 and 30 <= first.center_y <= 60  # where the scratch is
+    assert json.loads((tmp_path / "out/regions.json").read_text())[0]["area"] == first.area
+    save(tmp_path / "other/b.png", 52, size=(300, 200))
+    detect_files(model, [tmp_path / "other"], tmp_path / "out", device="cpu", threshold=1e9)
+    assert sorted(path.name for path in (tmp_path / "out").rglob("*.*")) == ["b.png_overlay.png", "scores.csv"]
+    higher = detect_files(model, [tmp_path / "new"], tmp_path / "out", device="cpu", false_positive_rate=0.001, save=())
+    assert (higher.threshold > found.threshold).all()
+    for wrong in (dict(threshold=1.0, false_positive_rate=0.1), dict(false_positive_rate=2.0), dict(save=("heat",))):
+        with pytest.raises(InputError):
+            detect_files(model, [tmp_path / "new"], tmp_path / "out", device="cpu", **wrong)
+
+
+def test_calibrate_sets_the_threshold_anew(model, tmp_path):
+    shutil.copytree(model, tmp_path / "model")
+    photos(tmp_path / "more", range(200, 215), size=(300, 200))
+    told = CliRunner().invoke(main, ["calibrate", str(tmp_path / "model"), str(tmp_path / "more"), "--device", "cpu",
+                                     "--false-positive-rate", "0.2"])
+    assert told.exit_code == 0 and "15 normal files" in told.stdout, told.stderr
+    calibration = AnomalyDetector.from_pretrained(tmp_path / "model").config.calibration["photos"]
+    assert calibration["n"] == 15 and calibration["false_positive_rate"] == 0.2
+    tree(tmp_path / "mixed", "ok/1.png", "x/2.png")
+    refused = CliRunner().invoke(main, ["calibrate", str(tmp_path / "model"), str(tmp_path / "mixed"), "--device", "cpu"])
+    assert refused.exit_code == 2 and "--normal" in refused.stderr
+
+
+def test_what_detect_skips_is_counted(model, tmp_path):
+    save(tmp_path / "new/a.png", 1)
+    for name in ("b.heic", "c.heic", "d.txt"):
+        (tmp_path / "new" / name).touch()
+    told = CliRunner().invoke(main, ["detect", str(model), str(tmp_path / "new"), "--out", str(tmp_path / "out"),
+                                     "--device", "cpu", "--no-overlays"])
+    assert "left out: 2 suffix .heic, 1 suffix .txt" in told.stdout
+    assert not (tmp_path / "out/overlays").exists()
