@@ -33,7 +33,7 @@ class FeatureCodec(Codec):
     def __init__(self, backbone="efficientnet-lite0", depths=None, input_size=224, grid=None, average=1):
         super().__init__()
         if average % 2 == 0:
-            raise InputError(f"average: {average} is even; use 1 for none, or 3, 5 ... cells, so that there is a middle")
+            raise InputError(f"average: {average} is even; use 1 for none, or 3, 5 ... so that there is a middle")
         self.features = FrozenFeatures(backbone, depths, input_size)
         self.register_to_config(depths=self.features.config.depths, grid=grid or self.features.shapes[0][1])
         self.downsample = max(1, input_size // self.config.grid)

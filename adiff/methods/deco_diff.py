@@ -47,8 +47,8 @@ DECO_DIFF_PRESETS = {
     "instant-taef2": {
         **_instant,
         "codec": {"kind": "taef2", "latent_scale": "measured"},
-        "network": {"kind": "ideal", "bandwidth": 0.1, "position": 2.0, "memory_size": 4000},
-        "discrepancy": {"kind": "fusion", "levels": ["latent", "ideal"], "feature_codec": FEATURE_SPACE},
+        "network": {"kind": "ideal", "bandwidth": 0.1},
+        "discrepancy": {"kind": "fusion", "levels": ["latent", "ideal"], "weights": [1, 2], "feature_codec": FEATURE_SPACE},
     },
     "cpu-taef2": {**_cpu, "codec": {"kind": "taef2", "latent_scale": "measured"}},
     "gpu": _gpu,

@@ -84,7 +84,7 @@ class PosteriorMean(ModelMixin, ConfigMixin):
         return (z - self.denoise(z, s / root_alpha, class_labels)) / s
 
     def denoise(self, x, noise_level, class_labels):
-        "E[z_0 | x], (N, C, h, w), for latents `x` whose noise has the standard deviation `noise_level` (N or 1, 1, 1, 1)."
+        "E[z_0 | x], (N, C, h, w), for latents `x` with noise of standard deviation `noise_level` (N or 1, 1, 1, 1)."
         raise NotImplementedError
 
 # %% ../../nbs/networks/06_ideal.ipynb #521fc35e
@@ -124,7 +124,7 @@ class _Memory(PosteriorMean):
         for label in range(self.classes):
             own = rows[rows[:, -1] == label] if len(rows) else rows
             if not len(own):
-                raise InputError(f"fit got no latents of class {label}; give it those of training normals of every class")
+                raise InputError(f"fit got no latents of class {label}; give it training normals of every class")
             chosen = greedy_coreset(own[:, :-3], self.config.memory_size, generator)
             self._keep(label, own[chosen])
             left = torch.ones(len(own), dtype=torch.bool).index_fill_(0, chosen, False)
@@ -185,7 +185,7 @@ class _Weighing(_Measured):
         points, memory = patch_rows(z, self.config.patch_size), self.memory[labels]
         prior = self.log_prior[labels][:, None]
         if self.config.position is not None:
-            apart = torch.cdist(cell_places(*z.shape[2:], device=z.device), self.places[labels])
+            apart = torch.cdist(cell_places(z.shape[2], z.shape[3], z.device), self.places[labels])
             prior = prior - (apart / self.config.position).square() / 2
         if self.config.shrinkage is None:
             return posterior_mean(points, memory, prior, inverse_std)
@@ -242,11 +242,11 @@ class IdealDenoiser(_Weighing):
         num_train_timesteps: int = 10,  # of the forward process
         beta_schedule: str = "squaredcos_cap_v2",  # of the forward process
         prediction_type: str = "deviation",  # what the forward process asks for
-        memory_size: Annotated[int, Field(ge=1)] = 2000,  # patches kept for each class
+        memory_size: Annotated[int, Field(ge=1)] = 4000,  # patches kept for each class
         patch_size: Annotated[int, Field(ge=1)] = 1,  # side of a patch in cells, odd
         bandwidth: Annotated[float, Field(ge=0)] = 0.5,  # b: in mean distances of held-out patches; 0: nearest patch
         position: Annotated[float, Field(gt=0)] | None = 4.0,  # tau, in cells; null: the place does not matter
-        shrinkage: Annotated[float, Field(ge=0, le=1)] | None = None,  # of the kernel's covariance; null: a round kernel
+        shrinkage: Annotated[float, Field(ge=0, le=1)] | None = None,  # of the kernel's covariance; null: round kernel
         gate: bool = False,  # whether deviation is weighed by the probability that the patch was corrupted
         mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.35,  # pi: mean share of corrupted patches, for the gate
         per_class: bool = True,  # false: one memory for all classes
@@ -287,7 +287,7 @@ class IdealDenoiser(_Weighing):
 
 # %% ../../nbs/networks/06_ideal.ipynb #99dec0ca
 class GaussianDenoiser(PosteriorMean):
-    "The posterior mean of one Gaussian for each class: the closed-form limit of a memory whose bandwidth is its spread."
+    "The posterior mean of one Gaussian for each class, the closed-form limit of a memory as wide as its spread."
 
     @register_to_config
     def __init__(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['StoredArray', 'scratch_folder', 'detect_rows', 'StoredMaps', 'store_maps', 'check_space', 'store_masks',
            'category_metrics', 'counted_pixels', 'summary', 'count_parameters', 'peak_memory_mb', 'count_calls',
-           'read_log', 'write_arrays', 'write_maps', 'Evaluation', 'on_disk', 'untold_metrics', 'run_metrics',
+           'read_log', 'write_arrays', 'write_maps', 'on_disk', 'Evaluation', 'untold_metrics', 'run_metrics',
            'open_run', 'evaluate']
 
 # %% ../../nbs/runs/02_evaluate.ipynb #8d798209
@@ -250,8 +250,8 @@ def write_maps(folder: AnyPath, rows: pd.DataFrame, maps: Iterable[np.ndarray]) 
             Image.fromarray(np.float32(one)).save(path)
 
 # %% ../../nbs/runs/02_evaluate.ipynb #71b89e34
-class Evaluation:
-    "What has been measured of a run so far; `measure` adds a category. `scratch`: a folder for maps and masks."
+class _Measured:
+    "What has been measured of a run so far. `scratch`: a folder for maps and masks."
 
     def __init__(self, run: Path, detector: AnomalyDetector, dataset: Dataset, scratch: Path) -> None:
         self.run, self.detector, self.dataset, self.scratch = run, detector, dataset, scratch
@@ -264,6 +264,33 @@ class Evaluation:
         self.examples: list[tuple] = []        # best and worst cases for the figures
         self.untold: dict[str, dict] = {}      # name -> metrics, if the detector is not told the category
         self.seconds, self.calls = 0.0, 0
+
+    def _keep(self, category: str, rows: pd.DataFrame, maps: StoredArray, masks: StoredArray,
+              known: np.ndarray) -> None:
+        "Numbers, notes, counts and examples of a category."
+        result = self.categories[category]
+        result["n_train"], result["n_test"] = len(self.dataset.select("train", category)), len(rows)
+        if result["pixel_ap"] is not None:
+            share = np.mean([mask.mean() for mask in masks[known]])
+            result["notes"].append(f"a constant map would have pixel AP {share:.3f} and pixel AUROC 0.5")
+        if result["aupro"] is not None:
+            counts = counted_pixels(masks, maps, known)
+            self.curves[category] = counted_pro_curve(counts)
+            self.pixels[category] = {name: on_disk(self.scratch / f"{len(self.pixels)} {name}.npy", one)
+                                     for name, one in counts._asdict().items()}
+        self.tables.append(rows)
+        self.examples += choose_examples(rows, maps, masks if known.any() else None)
+        self.fixed[category] = fixed_examples(self.detector, self.dataset, rows, maps, masks, known)
+
+
+def on_disk(path: Path, array: np.ndarray) -> np.ndarray:
+    "The same array, but in the file `path` and mapped from there."
+    np.save(path, array)
+    return np.load(path, mmap_mode="r")
+
+# %% ../../nbs/runs/02_evaluate.ipynb #71b89e35
+class Evaluation(_Measured):
+    "The same; `measure` adds a category."
 
     def measure(self, category: str, rows: pd.DataFrame, batch_size: int, save_maps: bool) -> None:
         "Detects in the test files `rows` of a `category` and measures."
@@ -292,29 +319,6 @@ class Evaluation:
             found = category_metrics(rows.label, scores, maps, masks, known)
         right = np.array(stored.labels) == self.detector.config.categories.index(category)
         self.untold[category] = {**found, "category_accuracy": float(right.mean())}
-
-    def _keep(self, category: str, rows: pd.DataFrame, maps: StoredArray, masks: StoredArray,
-              known: np.ndarray) -> None:
-        "Numbers, notes, counts and examples of a category."
-        result = self.categories[category]
-        result["n_train"], result["n_test"] = len(self.dataset.select("train", category)), len(rows)
-        if result["pixel_ap"] is not None:
-            share = np.mean([mask.mean() for mask in masks[known]])
-            result["notes"].append(f"a constant map would have pixel AP {share:.3f} and pixel AUROC 0.5")
-        if result["aupro"] is not None:
-            counts = counted_pixels(masks, maps, known)
-            self.curves[category] = counted_pro_curve(counts)
-            self.pixels[category] = {name: on_disk(self.scratch / f"{len(self.pixels)} {name}.npy", one)
-                                     for name, one in counts._asdict().items()}
-        self.tables.append(rows)
-        self.examples += choose_examples(rows, maps, masks if known.any() else None)
-        self.fixed[category] = fixed_examples(self.detector, self.dataset, rows, maps, masks, known)
-
-
-def on_disk(path: Path, array: np.ndarray) -> np.ndarray:
-    "The same array, but in the file `path` and mapped from there."
-    np.save(path, array)
-    return np.load(path, mmap_mode="r")
 
 # %% ../../nbs/runs/02_evaluate.ipynb #a8c6a924
 _label_note = "the class label of each test file is given to the network (category known)"

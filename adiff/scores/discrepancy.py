@@ -93,7 +93,7 @@ class Discrepancy(ModelMixin, ConfigMixin):
     def fit_images(self, images, held_out=()):
         """Learns from the pictures themselves; called only where `sees_images`. Nothing by default.
 
-        Both are iterables of inputs (n, channels, H, W) in [-1, 1] and class labels (n,): training and held-out normals.
+        Both are iterables of inputs (n, channels, H, W) in [-1, 1] and class labels (n,).
         """
 
     def fit(self, latents):

@@ -37,7 +37,7 @@ def check_levels(levels, weights):
 
 # %% ../../nbs/scores/10_fusion.ipynb #7d6f5db8
 def chosen_arguments(make, chosen, name):
-    "`chosen`, a dict or None, as arguments of `make`. Raises `InputError` for one it does not know, with the dict's `name`."
+    "`chosen`, a dict or None called `name`, as arguments of `make`. Raises `InputError` for one it does not know."
     known = inspect.signature(make).parameters
     for argument in chosen or {}:
         if argument not in known:
@@ -54,7 +54,7 @@ class _Levels(Discrepancy):
         return bool({"pixel", "multiscale", "feature"} & set(self.config.levels))
 
     @property
-    def sees_images(self):
+    def sees_images(self):  # type: ignore[override]
         "Whether a level looks at the picture itself."
         return "ideal" in self.config.levels
 
@@ -74,8 +74,38 @@ class _Levels(Discrepancy):
             return multiscale_difference(reference, reconstruction, self.config.scales)
         return cosine_discrepancy(self.features(reference), self.features(reconstruction), size)
 
+# %% ../../nbs/scores/10_fusion.ipynb #f05e0001
+class _Learning(_Levels):
+    "The same, with what is learned from normals."
+
+    @property
+    def normalized(self):  # type: ignore[override]
+        "Whether the final map depends on `fit_normalization`."
+        return len(self.config.levels) > 1
+
+    def fit_images(self, images, held_out=()):
+        """Fits the level ideal to iterables of inputs (n, channels, H, W) and class labels (n,) of training normals.
+
+        On `held_out` normals distances are measured.
+        """
+        if self.sees_images:
+            self.ideal.fit(*(((self.codec.encode(x), labels) for x, labels in one) for one in (images, held_out)))
+
+    def fit_normalization(self, maps):
+        "Takes mean and standard deviation of every level from `maps`, `forward`'s answers for held-out normals."
+        terms = (torch.stack([torch.as_tensor(one[level]).cpu() for level in self.config.levels]) for one in maps)
+        count, local, power = cell_moments(terms, self.config.grid)
+        if count:
+            mean, std = pulled_moments(local, power, count, self.config.prior)
+            self.mean.copy_(mean)
+            self.std.copy_(std)
+
+    def nearest_class(self, images):
+        "The class (n,) of normals that pictures (n, channels, H, W) look most like, by the level ideal."
+        return self.ideal.nearest_class(self.codec.encode(images))
+
 # %% ../../nbs/scores/10_fusion.ipynb #fddcd109
-class FusionDiscrepancy(_Levels):
+class FusionDiscrepancy(_Learning):
     """A sum of maps of several levels, each in standard deviations of held-out normal pixels.
 
     Use `pretrained`: the weights of frozen features are random until they are loaded. Raises `InputError` for unknown
@@ -103,7 +133,8 @@ class FusionDiscrepancy(_Levels):
         if "feature" in levels:
             self.features: Any = FrozenFeatures()
         if "ideal" in levels:
-            self.codec = FeatureCodec(**chosen_arguments(FeatureCodec.pretrained, feature_codec, "feature_codec")).eval()
+            given = chosen_arguments(FeatureCodec.pretrained, feature_codec, "feature_codec")
+            self.codec = FeatureCodec(**given).eval()
             given = chosen_arguments(IdealDenoiser, ideal_denoiser, "ideal_denoiser")
             self.ideal = IdealDenoiser(self.codec.latent_channels, num_classes, prediction_type="sample", seed=seed,
                                        **given)
@@ -115,11 +146,6 @@ class FusionDiscrepancy(_Levels):
         if discrepancy.sees_images:
             discrepancy.codec.features.load_published()
         return discrepancy
-
-    @property
-    def normalized(self):
-        "Whether the final map depends on `fit_normalization`."
-        return len(self.config.levels) > 1
 
     def forward(self, z, corrected, reference, reconstruction, size, images=None, class_labels=None):
         """The maps as a dict, each (N, size, size), smoothed: one per level, and "anomaly".
@@ -139,23 +165,3 @@ class FusionDiscrepancy(_Levels):
         anomaly = sum(weight * (one - m) / s for weight, one, m, s in zip(weights, maps.values(), mean, std))
         return {**maps, "anomaly": anomaly}
 
-    def fit_images(self, images, held_out=()):
-        """Fits the level ideal to iterables of inputs (n, channels, H, W) and class labels (n,) of training normals.
-
-        On `held_out` normals distances are measured.
-        """
-        if self.sees_images:
-            self.ideal.fit(*(((self.codec.encode(batch), labels) for batch, labels in one) for one in (images, held_out)))
-
-    def fit_normalization(self, maps):
-        "Takes mean and standard deviation of every level from `maps`, `forward`'s answers for held-out normals."
-        terms = (torch.stack([torch.as_tensor(one[level]).cpu() for level in self.config.levels]) for one in maps)
-        count, local, power = cell_moments(terms, self.config.grid)
-        if count:
-            mean, std = pulled_moments(local, power, count, self.config.prior)
-            self.mean.copy_(mean)
-            self.std.copy_(std)
-
-    def nearest_class(self, images):
-        "The class (n,) of normals that pictures (n, channels, H, W) look most like, by the level ideal."
-        return self.ideal.nearest_class(self.codec.encode(images))
