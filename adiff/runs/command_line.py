@@ -276,28 +276,54 @@ def calibrate(model, folder, category, false_positive_rate, normal, device):
     show(found, f"threshold {found['threshold']:.6g} from {found['n']} normal files; with 95 % confidence {low:.1f} to "
                 f"{high:.1f} % of new ones exceed it")
 
-# %% ../../nbs/runs/06_command_line.ipynb #630e94d7
-@main.command(epilog="Example:  adiff demo --audio --out runs/demo_audio")
-@click.option("--audio", is_flag=True, help="sounds of a machine and ADiff, instead of photographs and DeCo-Diff")
-@click.option("--out", "out_dir", default="runs/demo", show_default=True, type=click.Path(), help="folder to write")
-@_seed
-@_device
-def demo(audio, out_dir, seed, device):
-    "Make data (photographs, or synthesised sounds), train a detector, evaluate it, draw: minutes on two CPU cores."
-    from adiff.data.demo_images import make_demo_data
-    from adiff.data.demo_sounds import make_demo_sounds
-    from adiff.methods.adiff import SHORT_EVENTS
+# %% ../../nbs/runs/06_command_line.ipynb #630e94d6
+def _shown(data, run, seed, device, name):
+    "Learns the normals of `data` and measures on its test files; says so. Returns the metrics and the report's path."
     from adiff.runs import evaluate as evaluation
     from adiff.runs import fit as one_run
     from adiff.runs import report
 
-    out_dir = Path(out_dir)
-    method, make, name, overrides = (("adiff", make_demo_sounds, "sounds", SHORT_EVENTS) if audio
-                                     else ("deco", make_demo_data, "demo", {}))
-    data, run = make(out_dir / name, seed=seed), out_dir / ("run_sounds" if audio else "run")
-    one_run.fit(method, data, run, seed=seed, device=device, overrides=overrides, resume=True)
+    click.echo(f"{name}: learning what is normal", err=True)
+    one_run.fit("deco", data, run, preset="instant", seed=seed, device=device, resume=True)
+    click.echo(f"{name}: looking at files it has not seen", err=True)
     metrics = evaluation.evaluate(run, device=device)
-    show(metrics, f"{report.metrics_text(metrics)}\nlook at: {report.write_report(run).resolve()}")
+    page = report.write_report(run).resolve()
+    click.echo(f"{name}: pictures are in {page}", err=True)
+    return metrics, page
+
+
+def _demo_text(done, out_dir):
+    "The addresses, a table of four columns, and what to try next."
+    names = {"image_auroc": "AUROC", "pixel_ap": "pixel AP", "aupro": "AUPRO"}
+    lines = [f"{'in percent':14}" + "".join(f"{title:>10}" for title in names.values())]
+    for name, (metrics, _) in done.items():
+        values = ("-" if metrics["mean"][key] is None else f"{100 * metrics['mean'][key]:.1f}" for key in names)
+        lines.append(f"{name:14}" + "".join(f"{value:>10}" for value in values))
+    run, example = (("run", "demo/cup/test/hole") if "photographs" in done else ("run_sounds", "sounds/pump/test/knock"))
+    steps = [f"adiff detect {out_dir / run / 'model'} {out_dir / example} --out {out_dir / 'detections'}",
+             "adiff fit deco FOLDER_OF_NORMAL_FILES --out runs/mine", "adiff --help"]
+    pages = [f"look at: {page}" for _, page in done.values()]
+    return "\n".join([*lines, "", *pages, "", "try next:", *(f"  {step}" for step in steps)])
+
+# %% ../../nbs/runs/06_command_line.ipynb #630e94d7
+@main.command(epilog="Example:  adiff demo --audio --out runs/demo_audio")
+@click.option("--audio", is_flag=True, help="only the sounds of a machine, without the photographs")
+@click.option("--out", "out_dir", default="runs/demo", show_default=True, type=click.Path(), help="folder to write")
+@_seed
+@_device
+def demo(audio, out_dir, seed, device):
+    "Make photographs and sounds with faults, learn what is normal, find the faults, draw them: minutes on a CPU."
+    from adiff.data.demo_images import make_demo_data
+    from adiff.data.demo_sounds import make_demo_sounds
+
+    out_dir, demos = Path(out_dir), {"sounds": (make_demo_sounds, "sounds", "run_sounds")}
+    if not audio:
+        demos = {"photographs": (make_demo_data, "demo", "run"), **demos}
+    done = {}
+    for name, (make, data, run) in demos.items():
+        click.echo(f"{name}: making them in {out_dir / data}", err=True)
+        done[name] = _shown(make(out_dir / data, seed=seed), out_dir / run, seed, device, name)
+    show({name: metrics for name, (metrics, _) in done.items()}, _demo_text(done, out_dir))
 
 # %% ../../nbs/runs/06_command_line.ipynb #61cf04c4
 def _pairs(texts, option):
