@@ -52,8 +52,8 @@ def files_to_detect(paths: Iterable[AnyPath], kind: str, out_dir: AnyPath) -> li
     own = tuple(os.path.join(os.path.abspath(out_dir), name, "") for name in _written)
     files = [file for file in expand_paths(paths, kind) if not os.path.abspath(file).startswith(own)]
     if not files:
-        raise InputError(f"{own[0]}: holds what detection has drawn, and there is nothing else to detect in; name other "
-                         "files")
+        raise InputError(f"{own[0]}: holds what detection has drawn, and there is nothing else to detect in; name "
+                         "other files")
     return files
 
 # %% ../../nbs/runs/04_detect.ipynb #b2238c62
@@ -147,8 +147,8 @@ class FileStream:
 def find_regions(anomaly_map: np.ndarray, threshold: float) -> list[dict[str, Any]]:
     """Connected regions (touching corners count) of a map (H, W) above `threshold`, the highest first.
 
-    Each has its box (x, y, width, height), its area, the largest value as its score, and its centre (center_x, center_y),
-    in pixels from the upper left corner.
+    Each has its box (x, y, width, height), its area, the largest value as its score, and its centre (center_x,
+    center_y), in pixels from the upper left corner.
     """
     labels, count = ndimage.label(anomaly_map > threshold, np.ones((3, 3)))
     regions = []
@@ -253,11 +253,11 @@ def _check_request(detector: AnomalyDetector, category: str, choice: Choice, sav
     if choice.false_positive_rate is not None:
         check_rate(choice.false_positive_rate)
         if not calibrated:
-            raise InputError("false-positive rate: this model was never calibrated; adiff calibrate MODEL FOLDER does it "
-                             "from normal files")
+            raise InputError("false-positive rate: this model was never calibrated; adiff calibrate MODEL FOLDER does "
+                             "it from normal files")
         threshold_for(detector.config.calibration[category], 1, choice.false_positive_rate)
     if {"masks", "regions"} & set(save) and choice.threshold is None and not calibrated:
-        raise InputError("masks and regions need a threshold, and this model has none; give --threshold, or calibrate it")
+        raise InputError("masks and regions need a threshold, and this model has none; give --threshold, or calibrate")
     if "regions" in save and detector.processor.kind == "sound":
         raise InputError("regions are those of pictures; windows.csv says when a sound was anomalous")
 

@@ -120,6 +120,6 @@ def learn_normals(detector: AnomalyDetector, dataset: Dataset) -> None:
     for name in few if os.environ.get("RANK", "0") == "0" else ():  # of several processes, one says it
         if one := (detector.config.calibration or {}).get(name):
             low, high = (100 * share for share in one["interval"])
-            _log.warning("%s: the threshold comes from %d normal files, each judged by what was learned without it%s: %.0f "
-                         "to %.0f %% of new normals may be called anomalous; adiff calibrate MODEL FOLDER sets it from "
-                         "more", name, one["n"], seen, low, high)
+            _log.warning("%s: the threshold comes from %d normal files, each judged by what was learned without it%s: "
+                         "%.0f to %.0f %% of new normals may be called anomalous; adiff calibrate MODEL FOLDER sets it "
+                         "from more", name, one["n"], seen, low, high)
