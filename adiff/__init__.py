@@ -6,6 +6,8 @@
 __all__ = []
 
 # %% ../nbs/99_package.ipynb #0515ac5b
+import os
+import sys
 import warnings
 from importlib import import_module
 
@@ -34,3 +36,9 @@ def __getattr__(name):
 
 def __dir__():
     return sorted([*_homes, "__version__"])
+
+# %% ../nbs/99_package.ipynb #a0de14b2
+_ways_to_wait = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+
+if "torch" not in sys.modules and not any(name in os.environ for name in _ways_to_wait):
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # for this process, and those that it starts

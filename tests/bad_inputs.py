@@ -42,7 +42,7 @@ sys.path.insert(0, str(REPOSITORY / "data_scripts"))
 
 import common  # noqa: E402  the data scripts are not part of the package
 
-TINY = {"codec": {"levels": 2}, "data": {"image_size": 32},
+TINY = {"codec": {"levels": 2}, "data": {"image_size": 32}, "discrepancy": {"kind": "deviation"},
         "training": {"length": 1, "batch_size": 4, "augmentations": []}}
 TINY_SOUNDS = {"codec": {"kind": "pixels", "levels": 3}, "data": {"mel_bands": 32, "image_size": 32},
                "training": {"length": 1, "batch_size": 4, "augmentations": []}}

@@ -1,4 +1,4 @@
-"""Fixtures for every test: where the development data is, and the repository."""
+"""Fixtures for every test: where the development data is, and the repository; which tests go to one worker."""
 import os
 import signal
 from pathlib import Path
@@ -10,9 +10,19 @@ import soundfile
 import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for what the tests start: the same digits on every machine
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"].split(",")[0]))
 # as in the background of a script, where no child would hear Ctrl-C
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    "With --dist loadgroup a file is one group, as its fixtures are made once; notebooks go wherever there is room."
+    for item in items:
+        if item.path.name != "test_notebooks.py":
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
 @pytest.fixture(scope="session")

@@ -34,11 +34,13 @@ def refused(source):
 
 # ---- torchaudio
 
+@pytest.mark.slow
 def test_torchaudio_is_imported_when_needed_only():
     code = "import sys, adiff.data.sounds; assert 'torchaudio' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow
 def test_a_stub_takes_the_place_of_the_missing_cuda_extension_and_says_so_once():
     code = """if True:
         import logging, sys, adiff.data.sounds

@@ -9,8 +9,6 @@ import os
 import resource
 import shutil
 import stat
-import subprocess
-import sys
 from pathlib import Path
 
 import IPython.display  # noqa: F401  the notebooks need it, also where they run as somebody who may read nothing
@@ -20,6 +18,7 @@ import pytest
 from bad_inputs import CORPUS, ENTRIES, ODD_NAMES, TINY, TINY_SOUNDS, TOY, Kit, common, corpus_table, png
 from bs4 import BeautifulSoup
 from click.testing import CliRunner
+from processes import adiff
 
 from adiff import AnomalyDetector, InputError, detect, evaluate, fit
 from adiff.core import write_json
@@ -125,7 +124,13 @@ def said(entry, line):
         assert word in line, line
 
 
-@pytest.mark.parametrize("name", ENTRIES)
+def sampled(names):
+    "For parametrize: every tenth of the names belongs to the quick tests, the others are slow."
+    return [pytest.param(name, marks=() if number % 10 == 0 else pytest.mark.slow)
+            for number, name in enumerate(names)]
+
+
+@pytest.mark.parametrize("name", sampled(ENTRIES))
 def test_command_line(used, name):
     with used(name) as (entry, use):
         if use.command is None:
@@ -146,7 +151,7 @@ def test_command_line(used, name):
             said(entry, lines[0])
 
 
-@pytest.mark.parametrize("name", ENTRIES)
+@pytest.mark.parametrize("name", sampled(ENTRIES))
 def test_python(used, name):
     with used(name) as (entry, use):
         if entry.outcome == "handled":
@@ -173,8 +178,8 @@ TAKEN = ("Pictures", "Masks", "Sounds", "Tables", "Overrides", "Parameters", "Mo
 TOGETHER = {"Pictures": "photos", "Sounds": "sounds"}  # what is handled is handled in one run
 
 
-@pytest.mark.parametrize("name", [name for name, entry in ENTRIES.items() if name.split(":")[0] in TAKEN
-                                  and (entry.outcome == "refused" or name.split(":")[0] not in TOGETHER)])
+@pytest.mark.parametrize("name", sampled(name for name, entry in ENTRIES.items() if name.split(":")[0] in TAKEN
+                                         and (entry.outcome == "refused" or name.split(":")[0] not in TOGETHER)))
 def test_notebook(used, repository, name):
     with used(name) as (entry, use):
         if use.notebook is None:
@@ -187,6 +192,7 @@ def test_notebook(used, repository, name):
         said(entry, str(error.value))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("section, folder", TOGETHER.items())
 def test_notebook_with_all_that_is_handled(kit, repository, tmp_path, section, folder):
     handled = [entry for entry in CORPUS[section] if entry.outcome == "handled"]
@@ -203,6 +209,7 @@ def test_notebook_with_all_that_is_handled(kit, repository, tmp_path, section, f
     assert found["metrics"]["mean"]["n_test"] >= len(handled)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Pictures: truncated PNG", "Overrides: unknown setting"])
 def test_papermill_says_the_same(used, repository, tmp_path, name):
     with used(name) as (entry, use):
@@ -214,14 +221,13 @@ def test_papermill_says_the_same(used, repository, tmp_path, name):
         said(entry, error.value.evalue)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Pictures: pipe named .png", "Matrices: aliases of aliases",
                                   "Official checkpoints: pickle that runs a command",
                                   "Models, codecs, checkpoints: a pipeline with code in the folder"])
 def test_real_process(used, name):
     with used(name) as (entry, use):
-        result = subprocess.run([Path(sys.executable).with_name("adiff"), *map(str, use.command)], capture_output=True,
-                                text=True,
-                                timeout=SECONDS)
+        result = adiff(*use.command)
         lines = [line for line in result.stderr.splitlines() if line.startswith("adiff: ")]
         assert result.returncode == 2 and len(lines) == 1 and "Traceback" not in result.stderr, result.stderr
         said(entry, lines[0])
@@ -253,6 +259,7 @@ def check_page(path):
     assert all("/" in tag["src"] for tag in soup.find_all("img"))
 
 
+@pytest.mark.slow
 def test_names_are_text_in_every_page(kit, tmp_path):
     "A category, a dataset, a label, an axis: each is a name that would be a script."
     out = tmp_path / "out"

@@ -22,7 +22,7 @@ from adiff.runs.command_line import main
 from adiff.scores.deviation import DeviationDiscrepancy
 from adiff.scores.metrics import aupro, official_aupro
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 quick = Settings(torch.device("cpu"), seconds=0.0, rounds=1)
 LABELS = torch.tensor([0, 3])
 

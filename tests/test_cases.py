@@ -261,7 +261,7 @@ def test_a_table_without_the_columns_names_those_it_has(tmp_path):
 CHEAP = {"knn": {"codec": {"kind": "wavelet", "levels": 2}, "data": {"image_size": 32},
                  "discrepancy": {"memory_size": 100}},
          "adiff": {"data": {"image_size": 32}, "training": {"length": 2, "batch_size": 2},
-                   "correction": {"num_seeds": 1}, "discrepancy": {"input_size": 32}},
+                   "correction": {"num_seeds": 1}, "discrepancy": {"kind": "semantic", "input_size": 32}},
          "one-class-svm": {}}
 
 

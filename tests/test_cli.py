@@ -4,7 +4,6 @@ import json
 import os
 import pickle
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -16,20 +15,17 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from processes import adiff, adiff_command, start
 from safetensors.torch import load_file
 
 from adiff import AnomalyDetector
 from adiff.runs.command_line import _methods, _presets, main
+from adiff.runs.evaluate import open_run
 from adiff.data.demo_images import make_demo_data
 from adiff.methods.registry import METHODS
 
-TINY = {"codec.levels": 2, "data.image_size": 32, "training.length": 12, "training.batch_size": 4,
-        "training.checkpoint_every": 4, "training.augmentations": []}
-
-
-def adiff(*arguments, **options):
-    return subprocess.run([Path(sys.executable).with_name("adiff"), *map(str, arguments)], capture_output=True,
-                          text=True, **options)
+TINY = {"codec.levels": 2, "data.image_size": 32, "discrepancy.kind": "deviation", "training.length": 12,
+        "training.batch_size": 4, "training.checkpoint_every": 4, "training.augmentations": []}
 
 
 def adiff_here(*arguments):
@@ -101,6 +97,7 @@ def test_a_run_folder_holds_what_is_promised(run):
     assert [line["step"] for line in log] == list(range(1, 13)) and {"loss", "lr", "seconds"} <= set(log[0])
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_run(data, run, tmp_path):
     assert adiff(*fit_arguments(data, tmp_path / "again")).returncode == 0
     first, again = (load_file(folder / "model/network/diffusion_pytorch_model.safetensors")
@@ -110,12 +107,11 @@ def test_the_same_seed_gives_the_same_run(data, run, tmp_path):
 
 def test_a_killed_run_resumes_to_the_same_weights(data, run, tmp_path):
     out = tmp_path / "killed"
-    command = [str(Path(sys.executable).with_name("adiff")), *map(str, fit_arguments(data, out))]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = start(adiff_command, list(map(str, fit_arguments(data, out))), out=tmp_path / "said.txt")
     while not list(out.glob("checkpoints/step_*.pt")):
-        assert process.poll() is None and time.sleep(0.02) is None
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+        assert process.is_alive() and time.sleep(0.02) is None
+    process.kill()
+    process.join()
     assert not (out / "model").exists()
     refused(adiff_here(*fit_arguments(data, out)), out, "resume")
     refused(adiff_here("evaluate", out), "not finished")
@@ -124,6 +120,22 @@ def test_a_killed_run_resumes_to_the_same_weights(data, run, tmp_path):
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+def test_a_run_that_goes_on_keeps_its_number_of_threads(data, run, tmp_path, monkeypatch):
+    "As their number changes the order of sums, and with it last digits."
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("model"))
+    config = json.loads((run / "config.json").read_text())
+    config["machine"]["threads"] = 3
+    (tmp_path / "run/config.json").write_text(json.dumps(config))
+    chosen = []
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr("adiff.machine.usable_cores", lambda: 4)
+    monkeypatch.setattr("adiff.machine.torch.set_num_threads", chosen.append)
+    assert adiff_here(*fit_arguments(data, tmp_path / "run"), "--resume").returncode == 0
+    open_run(tmp_path / "run", "cpu")
+    assert chosen == [3, 3]
+
+
+@pytest.mark.slow
 def test_detect_on_a_folder_of_any_images(run, data, tmp_path):
     photos = tmp_path / "photos"
     photos.mkdir()
@@ -144,6 +156,7 @@ def test_detect_on_a_folder_of_any_images(run, data, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.slow
 def test_quiet_and_json(data, run, tmp_path):
     result = adiff("detect", run / "model", data / "brick/test/hole", "--out", tmp_path / "out", "--device", "cpu",
                    "--json", "--quiet")
@@ -157,6 +170,7 @@ def test_quiet_and_json(data, run, tmp_path):
     refused(adiff_here("evaluate", tmp_path / "nowhere", "--json", "--quiet"), "nowhere")
 
 
+@pytest.mark.slow
 def test_shells_complete_names(data):
     assert set(_methods) == {*METHODS}
     assert set(_presets) == {name for method in METHODS.values() for name in method.presets}
@@ -170,6 +184,7 @@ def test_shells_complete_names(data):
     assert completed("adiff reproduce ablation_", 2) == ["plain,ablation_adiff", "plain,ablation_deco"]
 
 
+@pytest.mark.slow
 def test_a_plain_folder_is_enough(data, tmp_path):
     shutil.copytree(data / "brick/train/good", tmp_path / "photos")
     arguments = ["fit", "deco", tmp_path / "photos", "--out", tmp_path / "run", "--device", "cpu", *options(TINY)]
@@ -239,6 +254,7 @@ def bad_inputs(data, run, folder):
     }
 
 
+@pytest.mark.slow
 def test_bad_input_is_one_line_and_changes_nothing(data, run, tmp_path):
     cases, before = bad_inputs(data, run, tmp_path), contents(run)
     there = contents(tmp_path)
@@ -255,14 +271,17 @@ def test_commands_that_cannot_be_understood_are_one_line():
     refused(adiff_here("detcet"), "detcet", "adiff --help")
 
 
+@pytest.mark.slow
 def test_bad_input_in_a_real_process(data, run, tmp_path):
     cases = bad_inputs(data, run, tmp_path)
     for name in ("unknown category", "malicious checkpoint"):
         arguments, words = cases[name]
-        refused(adiff(*arguments), *words)
+        command = [Path(sys.executable).with_name("adiff"), *map(str, arguments)]
+        refused(subprocess.run(command, capture_output=True, text=True), *words)
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.slow
 def test_mask_of_another_size(data, run, tmp_path):
     bad_inputs(data, run, tmp_path)
     assert adiff(*fit_arguments(tmp_path / "small_mask", tmp_path / "out")).returncode == 0

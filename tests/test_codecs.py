@@ -329,6 +329,7 @@ def test_the_hubs_cache_comes_second(no_weights, monkeypatch, tmp_path, images):
     assert torch.equal(load_codec("sd-vae-ft-mse").encode(images), codec.encode(images))
 
 
+@pytest.mark.slow
 def test_no_network_is_found_out_quickly_and_quietly(tmp_path):
     code = ("import time; from adiff.codecs.load import load_codec, InputError; start = time.time()\n"
             "try: load_codec('taesd')\n"

@@ -10,6 +10,8 @@ from adiff.methods.configuration import build_detector
 from adiff.methods.registry import resolve_config
 from adiff.training.train import train
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def trained(shared, tmp_path_factory):

@@ -31,7 +31,7 @@ from adiff.training.checkpoints import load_checkpoint
 from adiff.training.processes import count_processes, run_in_processes
 from adiff.training.train import TrainingConfig, train
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 PLAIN = dict(unit="steps", length=3, warmup=0, horizon=None, learning_rate=0.1, gradient_accumulation_steps=1,
              validate_every=2)
@@ -43,7 +43,7 @@ CASES = {  # of 9 images
                                            ema_decay=0.9),
     "weighted by timestep": dict(batch_size=5),
 }
-OVERRIDES = {"codec": {"levels": 2}, "data": {"image_size": 32},
+OVERRIDES = {"codec": {"levels": 2}, "data": {"image_size": 32}, "discrepancy": {"kind": "deviation"},
              "network": {"dropout": 0.2},  # with dropout, resuming shows whether each process finds its seeds again
              "training": {"length": 20, "batch_size": 5, "checkpoint_every": 4, "learning_rate": 1e-3}}
 NO_DROPOUT = {**OVERRIDES, "network": {"dropout": 0.0}, "training": {**OVERRIDES["training"], "ema_decay": 0.9}}

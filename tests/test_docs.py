@@ -11,6 +11,8 @@ from urllib.parse import unquote
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 NEEDS = ("sphinx", "myst_nb", "furo", "sphinx-mathjax-offline")
 
 

@@ -52,6 +52,7 @@ def healthy(tmp_path_factory):
                   HTTPS_PROXY=proxy, HTTP_PROXY=proxy, OMP_NUM_THREADS="64")
 
 
+@pytest.mark.slow
 def test_a_healthy_machine(healthy, repository):
     works, found = healthy
     assert works, [one for one in found.values() if one["state"] == "error"]
@@ -66,6 +67,7 @@ def test_a_healthy_machine(healthy, repository):
     assert not (Path(found["output folder"]["detail"].split(":")[0]) / "not").exists()
 
 
+@pytest.mark.slow
 def test_every_finding_that_is_not_well_says_what_it_means_and_what_to_do(healthy):
     for one in healthy[1].values():
         assert "\n" not in one["detail"] and one["state"] in ("ok", "missing", "warning", "error")
@@ -74,6 +76,7 @@ def test_every_finding_that_is_not_well_says_what_it_means_and_what_to_do(health
                remedy in _checks.values())
 
 
+@pytest.mark.slow
 def test_broken_packages_are_findings(tmp_path):
     """torchvision raises, and diffusers with it; torchaudio misses a library that is not CUDA's; psutil takes its
     process with it."""

@@ -31,7 +31,9 @@ from adiff.training.held_out import normal_latents
 from adiff.training.latents import LatentCache, TrainingLatents
 from adiff.training.train import TrainingConfig
 
-OVERRIDES = {"codec": {"levels": 2}, "data": {"image_size": 32},
+pytestmark = pytest.mark.slow
+
+OVERRIDES = {"codec": {"levels": 2}, "data": {"image_size": 32}, "discrepancy": {"kind": "deviation"},
              "training": {"length": 6, "batch_size": 4, "augmentations": []}}
 
 
@@ -217,7 +219,7 @@ def test_temporary_caches_go_with_their_owner_and_a_full_disk_is_told(cup, tmp_p
     assert 1 not in cache
 
 
-TRAIN = {"codec": {"levels": 2}, "data": {"image_size": 32},
+TRAIN = {"codec": {"levels": 2}, "data": {"image_size": 32}, "discrepancy": {"kind": "deviation"},
          "training": {"length": 12, "batch_size": 3, "checkpoint_every": 4, "learning_rate": 1e-3}}
 KILLED = """import sys, torch; from adiff.runs.fit import fit; torch.set_num_threads(1)
 fit("deco", sys.argv[1], sys.argv[2], device="cpu", overrides=eval(sys.argv[3]))"""

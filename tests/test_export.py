@@ -36,7 +36,7 @@ from adiff.networks.multiscale_unet import MultiScaleUNet
 from adiff.scores.semantic import SemanticDiscrepancy
 from adiff.networks.class_token_unet import ClassTokenUNet
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 def deco(codec, levels, categories=("normal",), steps=1, **options):

@@ -15,6 +15,8 @@ import pytest
 
 from adiff.data.demo_images import make_demo_data
 
+pytestmark = pytest.mark.slow
+
 TINY = ["codec.kind=opponent", "correction.kind=selective", "data.image_size=32", "training.length=4",
         "training.batch_size=4",
         "training.augmentations=[]"]

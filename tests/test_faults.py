@@ -1,37 +1,37 @@
 """What goes wrong in the middle: kills, signals, full and read-only disks, files that vanish, damaged bits.
 
 Real processes and real signals. To save the seconds of their imports, they are forked from a server that has imported
-everything. `ADIFF_FAULTS=long` kills more often, and a matrix of several methods.
+everything (processes.py). `ADIFF_FAULTS=long` kills more often, and a matrix of several methods.
 """
 import contextlib
 import json
-import multiprocessing
 import os
 import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
+import processes
 import psutil
 import pytest
 import torch
 
 from adiff import AnomalyDetector
-from adiff.runs.command_line import main
 from adiff.core import InputError, StopRequest, atomic_folder, atomic_path, remove_leftovers, signals_to
 from adiff.data.demo_images import make_demo_data
 from adiff.runs.fit import check_same_run
 from adiff.lab.matrix import matrices_folder
 from adiff.training.checkpoints import CHECKPOINT_PARTS, load_checkpoint, save_checkpoint
 
+pytestmark = pytest.mark.slow
+
 LONG = os.environ.get("ADIFF_FAULTS") == "long"
 SMALL = {"codec": {"levels": 2},
          "network": {"channel_multipliers": [1], "attention_levels": [], "wavelet_sampling": False, "dropout": 0.1},
          "correction": {"num_seeds": 1, "num_inference_steps": 1},
-         "discrepancy": {"scales": [1], "semantic_weight": 0.0},
+         "discrepancy": {"kind": "semantic", "scales": [1], "semantic_weight": 0.0},
          "data": {"image_size": 32},
          "training": {"length": 40, "batch_size": 4, "gradient_accumulation_steps": 1, "checkpoint_every": 5,
                       "validate_every": 15, "ema_decay": 0.9, "augmentations": ["translate"]}}
@@ -40,32 +40,14 @@ TIMES = ("train_seconds", "seconds_per_image", "peak_memory_mb")
 
 # ---- processes
 
-def command_line(arguments, said, clock):
-    "What a child does: the command `adiff`, its output in the file `said`, under a clock that may run backwards."
-    file = open(said, "wb", buffering=0)
-    os.dup2(file.fileno(), 1)
-    os.dup2(file.fileno(), 2)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background would have it ignored
-    torch.set_num_threads(1)
-    sys.argv = ["adiff", *arguments]
-    if clock == "backwards":
-        real, start = time.time, time.time()
-        time.time = lambda: start - 100 * (real() - start)
-    main(arguments)
-
-
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     "Starts `adiff ARGUMENTS` as a process; its attribute `said` is the file with its output."
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["adiff.runs.evaluate", "adiff.runs.command_line", "adiff.runs.report",
-                                    "adiff.methods.adiff", "adiff.methods.official", "pytest", "seaborn"])
     folder, started = tmp_path_factory.mktemp("said"), []
 
     def start(*arguments, clock=None):
         said = folder / f"{len(started)}.txt"
-        child = context.Process(target=command_line, args=([str(argument) for argument in arguments], said, clock))
-        child.start()
+        child = processes.start(processes.adiff_command, [str(argument) for argument in arguments], clock, out=said)
         child.said = said
         started.append(child)
         return child

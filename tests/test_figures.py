@@ -11,6 +11,8 @@ from adiff.data.demo_sounds import make_demo_sounds
 from adiff.runs.evaluate import evaluate
 from adiff.runs.fit import fit
 
+pytestmark = pytest.mark.slow
+
 TINY = {"data": {"image_size": 32}, "training": {"length": 4, "batch_size": 4, "augmentations": []}}
 
 

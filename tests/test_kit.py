@@ -185,6 +185,7 @@ def test_ruff_has_nothing_to_say(repository):
     assert found.returncode == 0, found.stdout + found.stderr
 
 
+@pytest.mark.slow
 def test_types_fit(repository):
     if not find_spec("mypy"):
         pytest.skip("needs mypy: pip install -c constraints.txt -e '.[dev]'")

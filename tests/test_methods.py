@@ -15,9 +15,18 @@ from adiff.runs.detect import detect_files
 from adiff.methods.registry import METHODS, resolve_config
 from adiff.runs.each_category import run_each
 
+pytestmark = pytest.mark.slow
+
 MOMENT = {"training": {"length": 4, "batch_size": 4, "augmentations": [], "validate_every": 4, "checkpoint_every": 4}}
 MANY_STEPS = {"deco", "adiff", "ddpm", "ddpm-simplex", "autoencoder", "dense-autoencoder"}
 SOUNDS_ONLY = {"dense-autoencoder", "one-class-svm", "isolation-forest"}
+
+
+@pytest.fixture(autouse=True)
+def few_figures(request, monkeypatch):
+    "Drawing takes longer than what is tested here, so the figures of one test are enough."
+    if request.node.originalname != "test_every_method_on_sounds":
+        monkeypatch.setattr("adiff.runs.evaluate.draw_figures", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -67,15 +76,20 @@ def test_methods_for_sounds_refuse_images(images, tmp_path, method):
         fit(method, images, tmp_path / "run", categories="cup", device="cpu")
 
 
-def test_the_same_seed_gives_the_same_adiff(sounds, tmp_path):
-    first, again = (fit("adiff", sounds, tmp_path / name, device="cpu", overrides=MOMENT) for name in ("a", "b"))
+@pytest.fixture(scope="module")
+def adiff_on_sounds(sounds, tmp_path_factory):
+    return fit("adiff", sounds, tmp_path_factory.mktemp("adiff") / "run", device="cpu", overrides=MOMENT)
+
+
+def test_the_same_seed_gives_the_same_adiff(sounds, adiff_on_sounds, tmp_path):
+    first, again = adiff_on_sounds, fit("adiff", sounds, tmp_path / "run", device="cpu", overrides=MOMENT)
     pairs = zip(first.network.state_dict().values(), again.network.state_dict().values())
     assert all(torch.equal(a, b) for a, b in pairs)
     assert first.config.calibration == again.config.calibration
 
 
-def test_scores_do_not_depend_on_the_batch(sounds, tmp_path):
-    detector = fit("adiff", sounds, tmp_path / "run", device="cpu", overrides=MOMENT)
+def test_scores_do_not_depend_on_the_batch(sounds, adiff_on_sounds):
+    detector = adiff_on_sounds
     files = sorted((sounds / "pump/test").rglob("*.wav"))[:5]
     together, alone = detector(files).scores, [detector(file).scores[0] for file in files]
     assert np.allclose(together, alone, rtol=1e-3, atol=1e-4)
@@ -104,7 +118,8 @@ def test_adiff_switches(sounds, tmp_path, sections):
 
 def test_deco_diff_with_visual_features(images, tmp_path):
     fit("deco", images, tmp_path / "run", categories="cup", device="cpu",
-        overrides={**MOMENT, "data": {"image_size": 64}, "discrepancy": {"levels": ["pixel", "latent", "feature"]}})
+        overrides={**MOMENT, "data": {"image_size": 64},
+                   "discrepancy": {"kind": "deviation", "levels": ["pixel", "latent", "feature"]}})
     evaluate(tmp_path / "run", device="cpu")
     measured = set(pd.read_csv(tmp_path / "run/discrepancies.csv").discrepancy)
     assert {"pixel", "latent", "feature", "pixel x feature", "latent + feature", "pixel x latent x feature"} <= measured

@@ -309,6 +309,7 @@ print(peak(900) - few)
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_images():
     "900 maps of 256 x 256 are 157 MB more than 300, and a larger peak would be their own."
     grown = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True).stdout

@@ -11,6 +11,8 @@ from adiff.methods.configuration import merged
 from adiff.methods.deco_diff import DECO_DIFF_PRESETS
 from adiff.methods.registry import METHODS, Method
 
+pytestmark = pytest.mark.slow
+
 # a subclass need not import diffusers' base classes
 PART = """
 from adiff.diffusion.masked import MaskedForwardProcess

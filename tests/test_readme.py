@@ -65,6 +65,7 @@ def test_readme_is_short(repository):
     assert len((repository / "README.md").read_bytes()) <= 6000
 
 
+@pytest.mark.slow
 def test_python_blocks(repository, workplace):
     (block,) = set(blocks(repository, "python"))  # the same on two pages
     names = {}
@@ -73,6 +74,7 @@ def test_python_blocks(repository, workplace):
     assert names["detector"].config.categories == ["normal"]
 
 
+@pytest.mark.slow
 def test_adiff_commands(repository, workplace):
     commands = [command for command in adiff_commands(repository)
                 if command[0] not in ELSEWHERE and "-o" not in command]
@@ -114,6 +116,7 @@ def test_commands_that_others_carry_out_are_understood(repository):
     assert command[1:] == ["CHECKPOINT.pt", "models/official"]
 
 
+@pytest.mark.slow
 def test_matrices_plan(repository, workplace):
     "Every reproduce command plans its runs; where they would be carried out is left to test_reproduce.py."
     commands = adiff_commands(repository, "reproduce")

@@ -14,11 +14,14 @@ from pathlib import Path
 import pandas as pd
 import psutil
 import pytest
+from processes import adiff, adiff_command, start
 
 from adiff.core import InputError
 from adiff.lab.engines import make_engine
 from adiff.lab.matrix import matrices_folder, plan, read_matrix
 from adiff.lab.reproduce import _carry_out, _write_run, describe_plan, reproduce, state
+
+pytestmark = pytest.mark.slow
 
 KERNEL = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
 MOMENT = "{training: {length: 6, batch_size: 4, augmentations: [], checkpoint_every: 2}}"
@@ -42,11 +45,6 @@ def squares(tmp_path):
     path.write_text("description: squares\n"
                     "groups: {squares: {notebook: square.ipynb, axes: {x: [1, 2, 3, 4]}, minutes: 0.1}}")
     return path
-
-
-def adiff(*arguments, **options):
-    return subprocess.run([Path(sys.executable).with_name("adiff"), *map(str, arguments)], capture_output=True,
-                          text=True, **options)
 
 
 def contents(out, pattern="runs/*/square.txt"):
@@ -82,31 +80,30 @@ def test_killed_at_any_moment(squares, tmp_path):
                    "    (pathlib.Path(out_dir) / 'beat').write_text(str(part))",
                    "(pathlib.Path(out_dir) / 'square.txt').write_text(f'{x**2}')")
     out, generator = tmp_path / "out", random.Random(0)
-    command = [Path(sys.executable).with_name("adiff"), "reproduce", squares, "--out", out, "--jobs", "2"]
+    command = ["reproduce", str(squares), "--out", str(out), "--jobs", "2"]
     for _ in range(3):
-        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(generator.uniform(1.0, 6.0))
+        child = start(adiff_command, command, out=tmp_path / "said.txt")
+        time.sleep(generator.uniform(0.1, 4.0))
         child.kill()
-        child.wait()
+        child.join()
     time.sleep(2.5)  # by then the kernels have noticed
     beats = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/beat")}
     time.sleep(1)
     assert {path: path.stat().st_mtime_ns for path in beats} == beats
-    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert adiff(*command).returncode == 0
     assert contents(out) == {"1": "1", "2": "4", "3": "9", "4": "16"}
 
 
 def test_interrupted_politely(squares, tmp_path):
     "Ctrl-C ends the children and says how to go on."
     write_notebook(tmp_path / "square.ipynb", "x: int = 0\nout_dir: str = ''", "import time; time.sleep(600)")
-    child = subprocess.Popen([Path(sys.executable).with_name("adiff"), "reproduce", squares, "--out", tmp_path / "out",
-                              "--jobs", "2"],
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    child = start(adiff_command, ["reproduce", str(squares), "--out", str(tmp_path / "out"), "--jobs", "2"],
+                  out=tmp_path / "said.txt")
     while not list((tmp_path / "out").glob("runs/*/log.txt")):
         time.sleep(0.1)
-    child.send_signal(signal.SIGINT)
-    _, said = child.communicate(timeout=120)
-    assert child.returncode == 130 and "stopped; the same command goes on" in said
+    os.kill(child.pid, signal.SIGINT)
+    child.join(120)
+    assert child.exitcode == 130 and "stopped; the same command goes on" in (tmp_path / "said.txt").read_text()
     assert "4 interrupted" in describe_plan(squares, tmp_path / "out", jobs=2)[1]
 
 
@@ -284,14 +281,14 @@ def test_two_commands_on_one_folder(squares, tmp_path):
     "The second is refused, and the first is not disturbed."
     write_notebook(tmp_path / "square.ipynb", "x: int = 0\nout_dir: str = ''", "import time, pathlib; time.sleep(3)",
                    "(pathlib.Path(out_dir) / 'square.txt').write_text(f'{x**2}')")
-    command = [Path(sys.executable).with_name("adiff"), "reproduce", squares, "--out", tmp_path / "out", "--only",
-               "x=1"]
-    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = ["reproduce", str(squares), "--out", str(tmp_path / "out"), "--only", "x=1"]
+    first = start(adiff_command, command, out=tmp_path / "said.txt")
     while not list((tmp_path / "out").glob("runs/*/log.txt")):
         time.sleep(0.1)
-    second = subprocess.run(command, capture_output=True, text=True)
+    second = adiff(*command)
     assert second.returncode == 2 and "another process is writing here" in second.stderr
-    assert first.wait() == 0 and contents(tmp_path / "out") == {"": "1"} or contents(tmp_path / "out") == {"1": "1"}
+    first.join()
+    assert first.exitcode == 0 and contents(tmp_path / "out") == {"": "1"} or contents(tmp_path / "out") == {"1": "1"}
 
 
 def test_runs_of_another_matrix_are_not_mixed_in(squares, tmp_path):

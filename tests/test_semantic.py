@@ -179,7 +179,7 @@ def test_thresholds_come_from_normalisations_that_have_not_seen_the_file(tmp_pat
     data = make_demo_data(tmp_path / "demo", categories=("cup",), train=16, good=1, per_defect=1)
     dataset = read_dataset(data)
     config = resolve_config("adiff", overrides={"data": {"image_size": 64}, "correction": {"num_seeds": 1},
-                                                "discrepancy": {"input_size": 64}})
+                                                "discrepancy": {"kind": "semantic", "input_size": 64}})
     detector = build_detector(config, dataset.categories, OFFICIAL)
     rows = dataset.select("train").head(8)
     fair, _ = held_out_scores(detector, dataset, rows)

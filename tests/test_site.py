@@ -15,6 +15,8 @@ from adiff.core import InputError, write_json
 from adiff.data.demo_images import make_demo_data
 from adiff.lab.site import write_site
 
+pytestmark = pytest.mark.slow
+
 OVERRIDES = {"data": {"image_size": 32}, "training": {"length": 2, "batch_size": 4, "augmentations": []}}
 STRANGE = '<b>&"x'
 RUNS = {"good-1": "deco, seed 0", f"{STRANGE}-2": STRANGE, "half-3": "deco, seed 2", "each-4": "one each",

@@ -23,8 +23,9 @@ from adiff.runs.evaluate import detect_rows, evaluate
 from adiff.runs.fit import fit
 from adiff.scores import metrics, pixel_counts
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-TINY = {"codec": {"levels": 2}, "discrepancy": {"levels": ["pixel", "latent"]}, "data": {"image_size": 32},
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+TINY = {"codec": {"levels": 2}, "discrepancy": {"kind": "deviation", "levels": ["pixel", "latent"]},
+        "data": {"image_size": 32},
         "training": {"length": 6, "batch_size": 4, "augmentations": []}}
 
 

@@ -20,6 +20,8 @@ from adiff.runs.fit import fit
 from adiff.scores.metrics import METRIC_NAMES, image_metrics
 from adiff.scores.pixel_counts import PixelCounts, counted_metrics
 
+pytestmark = pytest.mark.slow
+
 MOMENT = {"data": {"image_size": 32}, "training": {"length": 2, "batch_size": 2, "augmentations": []}}
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 SMALL = ["-o", "training.length=2", "-o", "training.batch_size=4"]
 
 

@@ -33,6 +33,7 @@ class _Latents(ModelMixin, ConfigMixin):
     has_decoder = True
     downsample = 1  # pixels per latent cell, along each axis
     accepted_channels: tuple[int, ...] = (3,)  # of the images
+    note: str | None = None  # a fact about its weights that must stand beside every number
 
     @property
     def latent_channels(self) -> int:

@@ -18,12 +18,14 @@ from .autoencoders import KLCodec, TinyCodec, load_diffusers
 from .codec import Codec
 from .features import FeatureCodec
 from .pixels import PixelCodec
+from .sound_features import SoundFeatureCodec
 from .wavelets import WaveletCodec
 from ..core import AnyPath, InputError, read_json
 from ..extensions import Extensible
 
 # %% ../../nbs/codecs/06_load.ipynb #b7e6df86
-_classes = {kind.__name__: kind for kind in (WaveletCodec, PixelCodec, KLCodec, TinyCodec, FeatureCodec)}
+_classes = {kind.__name__: kind for kind in (WaveletCodec, PixelCodec, KLCodec, TinyCodec, FeatureCodec,
+                                            SoundFeatureCodec)}
 
 # %% ../../nbs/codecs/06_load.ipynb #2438d6d7
 def _open_folder(folder: Path) -> Codec:
@@ -80,6 +82,7 @@ def _named(name: str) -> Callable[[], Codec]:
 
 # %% ../../nbs/codecs/06_load.ipynb #43359b77
 CODECS = Extensible("codec", {"wavelet": WaveletCodec, "pixels": PixelCodec, "features": FeatureCodec.pretrained,
+                              "sound-features": SoundFeatureCodec.pretrained,
                               **{name: _named(name) for name in _hub}})
 
 # %% ../../nbs/codecs/06_load.ipynb #e20dc0bb

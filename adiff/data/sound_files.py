@@ -8,10 +8,12 @@ __all__ = ['load_torchaudio', 'truncated', 'sound_seconds', 'read_sound']
 # %% ../../nbs/data/03_sound_files.ipynb #79119d48
 import functools
 import importlib
+import io
 import logging
 import math
 import os
 import re
+import shlex
 import struct
 import sys
 import threading
@@ -19,6 +21,7 @@ import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
@@ -67,25 +70,75 @@ def load_torchaudio() -> Any:
         _log.info("torch has no CUDA here: torchaudio is used without its compiled extension")
         return torchaudio
 
+# %% ../../nbs/data/03_sound_files.ipynb #2f09fd91
+def _wav_data(file: Any) -> tuple[int, int] | None:
+    "Where the length of the sound stands in an open wav file, and that length in bytes; None if there is none."
+    kind, long = file.read(4), None
+    if kind not in (b"RIFF", b"RF64"):
+        return None
+    file.seek(12)
+    while len(header := file.read(8)) == 8:
+        name, length = struct.unpack("<4sI", header)
+        if name == b"data":
+            return file.tell() - 4, length if long is None or length < 0xFFFFFFFF else long
+        content = file.read(length + length % 2) if name == b"ds64" else b""  # of RF64: numbers beyond 4 GB
+        long = int.from_bytes(content[8:16], "little") if content else long
+        file.seek(0 if content else length + length % 2, os.SEEK_CUR)
+    return None
+
+# %% ../../nbs/data/03_sound_files.ipynb #2f09fd90
+def _unknown_length(length: int) -> bool:
+    "Whether a header with this number of bytes of sound means that it does not know."
+    return 0x7FFFE000 <= length <= 0x80000000 or 0xFFFFE000 <= length <= 0xFFFFFFFF or length >= 2**63
+
 # %% ../../nbs/data/03_sound_files.ipynb #2f09fd92
 def truncated(path: AnyPath) -> bool:
     "Whether the file is a wav or ogg whose end is missing. Raises OSError if it cannot be opened."
     with open(path, "rb") as file:
-        kind, size = file.read(4), os.path.getsize(path)
-        if kind == b"RIFF":
-            file.seek(12)
-            while len(header := file.read(8)) == 8:
-                name, length = struct.unpack("<4sI", header)
-                if name == b"data":  # recorders that stream do not know the length and write the largest number
-                    return length < 0xFFFFFFFF and file.tell() + length > size
-                file.seek(length + length % 2, os.SEEK_CUR)
-        if kind == b"OggS":
+        size, data = os.path.getsize(path), _wav_data(file)
+        if data:
+            return not _unknown_length(data[1]) and data[0] + 4 + data[1] > size
+        file.seek(0)
+        if file.read(4) == b"OggS":
             file.seek(max(0, size - 65307))  # no page is longer
             end = file.read()
             page = end[end.rfind(b"OggS"):]
             whole = len(page) > 26 and len(page) >= 27 + page[26] + sum(page[27:27 + page[26]])
             return not whole or not page[5] & 4
     return False
+
+# %% ../../nbs/data/03_sound_files.ipynb #d47840b1
+class _Unclosed(io.FileIO):
+    "A wav file of which the four bytes at `place`, the length of the sound, read as unknown."
+
+    def __init__(self, path: AnyPath, place: int) -> None:
+        super().__init__(os.fspath(path))
+        self.place = place
+
+    def readinto(self, buffer: Any) -> int:
+        at = self.tell()
+        count = super().readinto(buffer) or 0
+        for index in range(max(at, self.place), min(at + count, self.place + 4)):
+            buffer[index - at] = 0xFF
+        return count
+
+# %% ../../nbs/data/03_sound_files.ipynb #d47840b2
+def _sound_stream(path: AnyPath) -> AnyPath | _Unclosed:
+    "What soundfile should open: the path, or an `_Unclosed` file."
+    with open(path, "rb") as file:
+        data = _wav_data(file)
+        file.seek(4)
+        whole = int.from_bytes(file.read(4), "little") + 8
+    if data and data[1] == 0 and whole != os.path.getsize(path) > data[0] + 4:
+        return _Unclosed(path, data[0])
+    return path
+
+# %% ../../nbs/data/03_sound_files.ipynb #d47840b4
+def _is_aac_or_wma(path: AnyPath) -> bool:
+    "Whether a file begins as an MPEG-4 container, as raw AAC or as Windows Media does."
+    with open(path, "rb") as file:
+        start = file.read(8)
+    return start[4:] == b"ftyp" or start[:2] in (b"\xff\xf1", b"\xff\xf9") or start[:4] == b"\x30\x26\xb2\x75"
 
 # %% ../../nbs/data/03_sound_files.ipynb #ab5397ca
 @contextmanager
@@ -96,7 +149,10 @@ def _open_sound(path: AnyPath) -> Iterator[soundfile.SoundFile]:
             raise InputError(f"{path}: the file is empty; remove or replace it")
         if truncated(path):
             raise InputError(f"{path}: the sound is cut short, its end is missing; copy it again or remove it")
-        with soundfile.SoundFile(path) as file:
+        if _is_aac_or_wma(path):
+            old, new = shlex.quote(os.fspath(path)), shlex.quote(os.fspath(Path(path).with_suffix(".wav")))
+            raise InputError(f"{path}: AAC (m4a) and WMA cannot be read; convert it first: ffmpeg -i {old} {new}")
+        with soundfile.SoundFile(_sound_stream(path)) as file:
             if not file.frames:
                 raise InputError(f"{path}: holds no sound (zero samples); remove or replace it")
             yield file
@@ -127,6 +183,27 @@ def _from_array(values: Any, rate: int) -> np.ndarray:
         raise InputError(f"sound array: values of type {values.dtype}; use uint8, int16, int32 or floats in [-1, 1]")
     return values
 
+# %% ../../nbs/data/03_sound_files.ipynb #7014ec00
+@functools.lru_cache(maxsize=1024)
+def _counted(path: str, changed: int) -> int:
+    "Samples of a file that does not say how many there are; `changed` is its time of change."
+    with soundfile.SoundFile(path) as file:
+        return sum(map(len, iter(lambda: file.read(2**20, dtype="float32"), np.empty(0))))  # type: ignore[arg-type]
+
+
+def _frames(path: AnyPath, file: soundfile.SoundFile) -> int:
+    "The number of samples of an open file."
+    return file.frames if file.frames < 2**62 else _counted(os.fspath(path), os.stat(path).st_mtime_ns)
+
+# %% ../../nbs/data/03_sound_files.ipynb #7014ec01
+def _read_part(file: soundfile.SoundFile, first: int, last: int) -> np.ndarray:
+    "float32 (last - first, channels) of an open file."
+    lossy = re.match("VORBIS|OPUS|MPEG", file.subtype)
+    begin = 0 if not file.seekable() else max(0, first - file.samplerate) if lossy else first
+    if file.seekable():
+        file.seek(begin)
+    return file.read(last - begin, dtype="float32", always_2d=True)[first - begin:]
+
 # %% ../../nbs/data/03_sound_files.ipynb #7014ec04
 @contextmanager
 def _opened(source: Any) -> Iterator[tuple[AnyPath, int, int, Callable]]:
@@ -135,12 +212,15 @@ def _opened(source: Any) -> Iterator[tuple[AnyPath, int, int, Callable]]:
     if isinstance(source, (str, os.PathLike)):
         with _open_sound(source) as file:
             def read(first: int, last: int) -> np.ndarray:
-                file.seek(first)
-                return file.read(last - first, dtype="float32", always_2d=True)
+                values = _read_part(file, first, last)
+                if len(values) < last - first:
+                    raise InputError(f"{source}: the sound is cut short, its end is missing; copy it again or "
+                                     "remove it")
+                return values
             if not lowest <= file.samplerate <= highest:
                 raise InputError(f"{source}: a sample rate of {file.samplerate} Hz; sounds have {lowest} to {highest}, "
                                  "so repair or remove it")
-            yield source, file.samplerate, file.frames, read
+            yield source, file.samplerate, _frames(source, file), read
     elif isinstance(source, (tuple, list)) and len(source) == 2:
         values = _from_array(*source)
         yield "sound array", int(source[1]), len(values), lambda first, last: values[first:last]
@@ -166,13 +246,14 @@ def read_sound(
     sample_rate: int,               # of the result, in Hz
     start: float = 0.0,             # where the part begins, in seconds
     seconds: float | None = None,   # how long it is; None: to the end
-) -> torch.Tensor:                  # float32 (n,), mono, in about [-1, 1]
+    average: bool = True,           # the channels, to one; otherwise all are given
+) -> torch.Tensor:                  # float32 (n,) or, of all, (channels, n), in about [-1, 1]
     """Reads the waveform of a sound, or of a part of it; what lies beyond the end is not added.
 
-    Any number of channels is averaged, any sample rate resampled (by the nearest ratio with a denominator up to 1000,
-    at most 0.05 % off). Arrays: (n,) or (n, channels), uint8, int16, int32 or float. Silent and clipped sounds are
-    sounds. Raises `InputError`, one line naming the file, for what is missing, empty, cut short, of an unknown format,
-    or holds NaN, infinity or floats far outside [-1, 1].
+    Any sample rate is resampled (by the nearest ratio with a denominator up to 1000, at most 0.05 % off). Arrays: (n,)
+    or (n, channels), uint8, int16, int32 or float. Silent and clipped sounds are sounds. Raises `InputError`, one line
+    naming the file, for what is missing, empty, cut short, of an unknown format, or holds NaN, infinity or floats far
+    outside [-1, 1].
     """
     with _opened(source) as (name, rate, length, read):
         ratio = Fraction(sample_rate, rate).limit_denominator(1000)
@@ -184,9 +265,10 @@ def read_sound(
         if not 0 <= first < end:
             raise InputError(f"{name}: start {start:g} s lies outside the sound of {length / rate:g} s")
         block = max(0, first // new - margin)
-        samples = read(block * old, min(length, (math.ceil(last / new) + margin) * old)).mean(axis=1, dtype=np.float32)
+        samples = read(block * old, min(length, (math.ceil(last / new) + margin) * old))
+        samples = samples.mean(axis=1, dtype=np.float32) if average else np.ascontiguousarray(samples.T, np.float32)
     if not np.isfinite(samples).all():
         raise InputError(f"{name}: holds samples that are NaN or infinite; repair or remove it")
     if np.abs(samples).max() > 100:
         raise InputError(f"{name}: floating-point samples up to {np.abs(samples).max():.4g}; scale them to [-1, 1]")
-    return resample(torch.from_numpy(samples))[first - block * new:last - block * new]
+    return resample(torch.from_numpy(samples))[..., first - block * new:last - block * new]

@@ -25,11 +25,11 @@ from diffusers.utils import BaseOutput
 
 from ..codecs.codec import Codec
 from ..core import AnyPath, InputError, progress, unknown_name
+from ..data.audioset_pictures import sound_processor
 from ..data.dataset import Dataset
 from ..data.images import PROTOCOLS, ImageProcessor
 from ..data.loading import ProcessedFiles
 from ..data.processor import Processor
-from ..data.sounds import LogMel
 from .hub import download, upload
 from .safe_loading import check_index, check_weights, no_loading_bar
 from ..machine import network_precision
@@ -49,6 +49,7 @@ class AnomalyOutput(BaseOutput):
     normalized_scores: (N,) scores in standard deviations above the mean of normals; NaN where these have no spread;
         None if not calibrated.
     is_anomalous: (N,) bool, scores above the threshold from normals; None if not calibrated.
+    categories: N names, the category that each was compared with.
     thresholds: (N,) the threshold of each, higher for longer recordings; None if not calibrated.
     """
 
@@ -58,6 +59,7 @@ class AnomalyOutput(BaseOutput):
     discrepancies: dict
     normalized_scores: np.ndarray | None = None
     is_anomalous: np.ndarray | None = None
+    categories: list[str] | None = None
     thresholds: np.ndarray | None = None
 
 # %% ../../nbs/detector/02_pipeline.ipynb #86f42e55
@@ -79,7 +81,7 @@ class _Preprocessing(DiffusionPipeline):
         protocol = self.config.protocol
         if isinstance(protocol, str):
             return PROTOCOLS[protocol]
-        return ImageProcessor(**protocol) if "resize" in protocol else LogMel(**protocol)
+        return ImageProcessor(**protocol) if "resize" in protocol else sound_processor(protocol)
 
     def preprocess(self, sources: Any, channel_order: str = "rgb") -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs (n, channels, size, size) of one source or many, and the position (n,) of the source of each.
@@ -111,16 +113,36 @@ class _Preprocessing(DiffusionPipeline):
 class _Labels(_Preprocessing):
     "From category names to class labels."
 
+    @property
+    def tells_classes(self) -> bool:
+        "Whether a part has a memory of each class, and so can tell which one a picture is of."
+        return self._ideal is not None and self._ideal.classes == len(self.config.categories)
+
+    @property
+    def _ideal(self) -> Any:
+        "The ideal denoiser among the parts, or None."
+        if self.discrepancy.sees_images:
+            return self.discrepancy.ideal
+        return self.network if hasattr(self.network, "nearest_class") else None
+
+    @torch.no_grad()
+    def nearest_class(self, inputs: torch.Tensor) -> torch.Tensor:
+        "Class labels (n,) of inputs (n, channels, size, size): whose held-out normals their features are nearest to."
+        if self.discrepancy.sees_images:
+            return self.discrepancy.nearest_class(inputs.to(self.device))
+        return self.network.nearest_class(self.codec.encode(self.resize(inputs.to(self.device))))
+
     def class_labels(self, category: str | Sequence[str] | None, count: int) -> torch.Tensor:
         """Class labels (count,) int64 on the detector's device, from one category name or a list of `count` of them.
 
-        Raises `InputError` for an unknown or missing category.
+        Without a category they are 0 if there is only one, and -1, to be found out, if the detector can do that.
+        Raises `InputError` for an unknown category, and for a missing one that it cannot find out.
         """
         known = self.config.categories
         if category is None:
-            if len(known) > 1:
+            if len(known) > 1 and not self.tells_classes:
                 raise InputError(f"category: this detector knows several, say which: {', '.join(known)}")
-            category = known[0]
+            return torch.full((count,), 0 if len(known) == 1 else -1, device=self.device)
         names = [category] * count if isinstance(category, str) else list(category)
         if len(names) != count:
             raise InputError(f"category: {len(names)} names for {count} images")
@@ -178,7 +200,8 @@ class _Detection(_Calibration):
         Returns (maps, reconstruction): the dict of the discrepancy, each (n, size, size), and the images decoded after
         correction (n, channels, image_size, image_size) or None. `on_step(t, z)` is called after every correction step.
         """
-        z = corrected = self.codec.encode(self.resize(inputs.to(self.device, non_blocking=True)))
+        inputs = inputs.to(self.device, non_blocking=True)
+        z = corrected = self.codec.encode(self.resize(inputs))
         reference = reconstruction = None
         if self.network is not None:
             self.network.eval()
@@ -188,7 +211,8 @@ class _Detection(_Calibration):
                 reference, reconstruction = self.codec.decode(torch.cat([z, corrected])).unflatten(0, (2, -1))
             elif self.codec.has_decoder:
                 reconstruction = self.codec.decode(corrected)
-        return self.discrepancy(z, corrected, reference, reconstruction, self.processor.size), reconstruction
+        seen = {"images": inputs, "class_labels": class_labels} if self.discrepancy.sees_images else {}
+        return self.discrepancy(z, corrected, reference, reconstruction, self.processor.size, **seen), reconstruction
 
     def prepared(self) -> AbstractContextManager:
         """A context for detecting in many images: on a CPU the network's weights are arranged once, not for each batch.
@@ -217,6 +241,7 @@ class Detected(NamedTuple):
     input: torch.Tensor                  # (channels, size, size)
     reconstruction: torch.Tensor | None  # (channels, image_size, image_size) on the CPU
     seconds: float                       # how long detection took
+    label: int                           # the class that it was compared with
     windows: int = 1                     # of how many windows this is the highest
 
 
@@ -240,17 +265,23 @@ class _Streaming(_Detection):
     "From many files to what was found in each."
 
     def detect_windows(self, batches: Batches, labels: torch.Tensor) -> Iterator[list[Detected]]:
-        "What was found in every batch of windows; `labels` (files,) are class labels, on the detector's device."
+        """What was found in every batch of windows.
+
+        `labels` (files,) are class labels, on the detector's device; where one is -1, `nearest_class` finds it out.
+        """
         with self.prepared():
             for windows, inputs in batches:
                 began = time.perf_counter()
-                maps, images = self.detect_batch(inputs, labels[[row for row, _ in windows]])
+                own = labels[[row for row, _ in windows]]
+                if (own < 0).any():
+                    own = torch.where(own < 0, self.nearest_class(inputs), own)
+                maps, images = self.detect_batch(inputs, own)
                 maps = {name: one.float().cpu() for name, one in maps.items()}
                 decoded: Any = [None] * len(windows) if images is None else images.float().cpu()
                 seconds = (time.perf_counter() - began) / len(windows)
                 scores = map_scores(maps["anomaly"], self.config.top_share).tolist()
                 yield [Detected(*window, scores[i], {name: one[i] for name, one in maps.items()}, inputs[i], decoded[i],
-                                seconds) for i, window in enumerate(windows)]
+                                seconds, int(own[i])) for i, window in enumerate(windows)]
 
     def stream(self, files: ProcessedFiles | Batches, labels: torch.Tensor, batch_size: int = 16) -> Iterator[Detected]:
         """What was found in each of `files`, in order: its highest window; `seconds` are those of all its windows.
@@ -264,10 +295,14 @@ class _Streaming(_Detection):
 
 # %% ../../nbs/detector/02_pipeline.ipynb #fee10fba
 def stream_rows(detector: _Streaming, dataset: Dataset, rows: pd.DataFrame, desc: str, batch_size: int = 16,
-                delay: float = 0.0) -> Iterator[Detected]:
-    "What was found in each of the files in `rows` of `dataset`; `desc` and `delay` (in seconds) are the bar's."
+                delay: float = 0.0, told: bool = True) -> Iterator[Detected]:
+    """What was found in each of the files in `rows` of `dataset`; `desc` and `delay` (in seconds) are the bar's.
+
+    told: whether the detector is told their categories.
+    """
     files = ProcessedFiles(dataset, rows, detector.processor)
-    found = detector.stream(files, detector.class_labels(list(rows["category"]), len(rows)), batch_size)
+    labels = detector.class_labels(list(rows["category"]) if told else None, len(rows))
+    found = detector.stream(files, labels, batch_size)
     return progress(found, desc=desc, total=len(rows), unit="file", delay=delay)
 
 # %% ../../nbs/detector/02_pipeline.ipynb #f99ab16c
@@ -279,7 +314,7 @@ class _Answering(_Streaming):
         maps = {name: torch.stack([one.maps[name] for one in found]).numpy() for name in found[0].maps}
         images: Any = [one.reconstruction for one in found]
         images = None if images[0] is None else (torch.stack(images) / 2 + 0.5).clamp(0, 1).movedim(1, -1).numpy()
-        return AnomalyOutput(scores, maps.pop("anomaly"), images, maps,
+        return AnomalyOutput(scores, maps.pop("anomaly"), images, maps, categories=categories,
                              **self.calibrated(scores, categories, [one.windows for one in found]))
 
     @torch.no_grad()
@@ -287,14 +322,15 @@ class _Answering(_Streaming):
                  batch_size: int = 16, channel_order: str = "rgb") -> AnomalyOutput:
         """Detects anomalies in one image or sound or in many; `preprocess` says what they may be.
 
-        `category` is one name for all or a list; a detector of one category needs none. Raises `InputError` for
-        unreadable files, an unknown category or a missing one.
+        `category` is one name for all or a list. A detector of one category needs none; neither does one with an ideal
+        denoiser, which takes the nearest category. Raises `InputError` for unreadable files, an unknown category or a
+        missing one.
         """
         inputs, rows = self.preprocess(sources, channel_order)
         labels = self.class_labels(category, int(rows[-1]) + 1)
         windows = [[(row, 0.0) for row in part.tolist()] for part in rows.split(batch_size)]
         found = list(self.stream(zip(windows, inputs.split(batch_size)), labels))
-        return self._output(found, [self.config.categories[label] for label in labels.tolist()])
+        return self._output(found, [self.config.categories[one.label] for one in found])
 
 # %% ../../nbs/detector/02_pipeline.ipynb #e211b771
 def check_calibration(calibration: Any) -> None:

@@ -16,6 +16,8 @@ from .schedules import ForwardSample
 class IdentityForwardProcess(SchedulerMixin, ConfigMixin):
     "The forward process of autoencoders: nothing is corrupted, the target is the clean latent itself."
 
+    prediction_type = "sample"  # as a network without training must know it
+
     @register_to_config
     def __init__(self):
         pass

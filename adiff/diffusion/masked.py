@@ -118,6 +118,8 @@ class MaskedForwardProcess(DeviationFormulas, SchedulerMixin, ConfigMixin):
     The schedule is the cosine one. Raises `InputError` for patch probabilities that do not fit the patch sizes.
     """
 
+    beta_schedule, prediction_type = "squaredcos_cap_v2", "deviation"  # as a network without training must know them
+
     @register_to_config
     def __init__(
         self,

@@ -130,6 +130,7 @@ _use_of_extra = {
     "backbones": "the backbone dinov2 of semantic features cannot be used",
     "ray": "adiff reproduce cannot use the engine ray",
     "tensorboard": "training.log_with cannot be tensorboard",
+    "test": "make test does not work",
     "security": "make lock and make audit do not work",
 }
 
@@ -213,16 +214,18 @@ def _adiff(out):
 # %% ../../nbs/lab/07_doctor.ipynb #d0c70012
 @_check("cores", "warning", "the number of threads is left to torch", "mend what stands above")
 def _cores(out):
-    from adiff.machine import usable_cores
+    from adiff.machine import describe_waiting, free_cores, usable_cores
 
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
     cores, asked = usable_cores(), {name: os.environ[name] for name in names if name in os.environ}
-    limits = ", ".join(f"{name}={value}" for name, value in asked.items()) or "no limit set: as many threads as cores"
-    detail, meaning, remedy = f"{cores} usable of {os.cpu_count()}; {limits}", "", ""
+    limits = ", ".join(f"{name}={value}" for name, value in asked.items()) or f"no limit set, {free_cores()} free now"
+    detail, meaning, remedy = f"{cores} usable of {os.cpu_count()}; {limits}; threads {describe_waiting()}", "", ""
     if any(value.isdigit() and int(value) > cores for value in asked.values()):
         meaning, remedy = "threads wait for one another: slow", f"export OMP_NUM_THREADS={cores}"
     elif cores > 1 and asked.get("OMP_NUM_THREADS") == "1":
         meaning, remedy = "a run uses one core (right if several go side by side)", "unset OMP_NUM_THREADS"
+    elif cores > 1 and "spin" in describe_waiting():
+        meaning, remedy = "beside another program a run may be twenty times slower", "export OMP_WAIT_POLICY=PASSIVE"
     return [Finding("cores", "warning" if meaning else "ok", detail, meaning, remedy)]
 
 

@@ -24,7 +24,7 @@ import seaborn as sns
 from PIL import Image
 from sklearn.metrics import roc_curve
 
-from ..data.sounds import LogMel
+from ..data.audioset_pictures import sound_processor
 from ..core import InputError, atomic_path, read_json
 from ..figures import MAP_COLOURS, WIDTH, _rgb, _subplots, _thin, overlay, use_style
 from ..scores.metrics import area_up_to, metric_title
@@ -517,7 +517,7 @@ def sound_axes(evidence):
     "What the axes of a spectrogram mean, from the configuration of the first run; None for images."
     if evidence.kind != "sound":
         return None
-    return LogMel(**read_json(Path(evidence.leaves().folder.iloc[0]) / "config.json")["processor"]).axes()
+    return sound_processor(read_json(Path(evidence.leaves().folder.iloc[0]) / "config.json")["processor"]).axes()
 
 # %% ../../nbs/lab/03_gallery.ipynb #2c4a9f49
 def draw_qualitative(evidence):

@@ -6,14 +6,25 @@ then its presets."""
 # %% auto #0
 __all__ = ['ADIFF_PRESETS', 'ADIFF_SOUNDS', 'SHORT_EVENTS', 'DDPM_PRESETS', 'SIMPLEX_PRESETS']
 
+# %% ../../nbs/methods/02_adiff.ipynb #c0ffee01
+from .deco_diff import FEATURE_SPACE
+
 # %% ../../nbs/methods/02_adiff.ipynb #2c180b9f
+_instant: dict[str, dict] = {
+    "codec": {"kind": "features", **FEATURE_SPACE, "latent_scale": "measured"},
+    "forward": {"kind": "gaussian"},
+    "network": {"kind": "ideal"},
+    "correction": {"kind": "partial-noising", "strength": 0.1, "num_inference_steps": 1, "num_seeds": 1},
+    "discrepancy": {"kind": "fusion"},
+}
 _cpu: dict[str, dict] = {
     "codec": {"kind": "wavelet", "latent_scale": "measured"},
     "forward": {"kind": "gaussian", "prediction_type": "v_prediction"},
     "network": {"kind": "multiscale-unet", "size": "nano"},
     "correction": {"kind": "partial-noising", "strength": 0.5, "num_inference_steps": 1, "num_seeds": 8},
-    "discrepancy": {"kind": "semantic", "semantic_weight": 0.6, "input_size": 128},
-    "training": {"unit": "steps", "length": 800, "warmup": 20, "horizon": None, "learning_rate": 1e-3, "batch_size": 16,
+    "discrepancy": {"kind": "fusion", "levels": ["multiscale", "ideal"], "weights": [1, 2],
+                    "feature_codec": FEATURE_SPACE},
+    "training": {"unit": "steps", "length": 400, "warmup": 20, "horizon": None, "learning_rate": 2e-3, "batch_size": 16,
                  "gradient_accumulation_steps": 1, "gradient_clip": 1.0, "validate_every": 50, "checkpoint_every": 100},
 }
 
@@ -33,6 +44,7 @@ _gpu = {
 
 # %% ../../nbs/methods/02_adiff.ipynb #f194d0a0
 ADIFF_PRESETS: dict[str, dict] = {
+    "instant": _instant,
     "cpu": _cpu,
     "cpu-taef2": {**_cpu, "codec": {"kind": "taef2", "latent_scale": "measured"}, "data": {"image_size": 128}},
     "gpu": _gpu,
@@ -47,7 +59,8 @@ ADIFF_PRESETS: dict[str, dict] = {
 # %% ../../nbs/methods/02_adiff.ipynb #636dff36
 ADIFF_SOUNDS: dict[str, dict] = {
     "correction": {"strength": 0.65, "num_seeds": 4},
-    "discrepancy": {"scales": [1, 4, 8], "semantic_weight": 0.2, "top_share": 0.2},
+    "discrepancy": {"kind": "semantic", "scales": [1, 4, 8], "semantic_weight": 0.2, "top_share": 0.2,
+                    "input_size": 128},
 }
 
 # %% ../../nbs/methods/02_adiff.ipynb #cc5a9868

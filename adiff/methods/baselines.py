@@ -35,7 +35,7 @@ _lite = {"kind": "features", "backbone": "efficientnet-lite0", "depths": [4, 10]
 _wide = {"kind": "features", "backbone": "wide-resnet50", "depths": [2, 3]}
 _codecs = {"cpu": _lite, "gpu": _wide}
 PADIM_PRESETS = {name: {"codec": codec, "discrepancy": {"kind": "mahalanobis"}} for name, codec in _codecs.items()}
-KNN_PRESETS = {name: {"codec": codec, "discrepancy": {"kind": "nearest-neighbor"}} for name, codec in _codecs.items()}
+KNN_PRESETS = {name: {"codec": {**codec, "average": 3}, "discrepancy": {"kind": "nearest-neighbor"}} for name, codec in _codecs.items()}
 
 # %% ../../nbs/methods/03_baselines.ipynb #dac03598
 _spectrum = {"kind": "wavelet", "levels": 0}

@@ -19,12 +19,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from ..codecs.codec import Codec
 from ..codecs.load import CODECS, load_codec
+from ..codecs.sound_features import SoundFeatureCodec
 from ..core import InputError, derive_seed, progress, set_seed
+from ..data.audioset_pictures import AudioSetPicture
 from ..data.dataset import Dataset
 from ..data.images import PROTOCOLS, measure_range
 from ..data.loading import fixed_subset
 from ..data.processor import Processor
-from ..data.sounds import LogMel
+from ..data.sounds import LogMel, Mix
 from ..detector.pipeline import AnomalyDetector
 from ..diffusion.registry import CORRECTIONS, FORWARD_PROCESSES
 from ..extensions import Extensible
@@ -44,7 +46,7 @@ _common: dict[str, dict[str, Any]] = {  # what a socket knows whatever the kind
     "discrepancy": {"top_share": (float, Field(
         0.0, ge=0, le=1, description="share of a map's largest values whose mean is the score; 0: the maximum"))},
 }
-# what a correction shares with the forward process
+# what a correction, and a network without training, share with the forward process
 _shared = {"num_train_timesteps", "beta_schedule", "prediction_type", "noise"}
 
 # %% ../../nbs/methods/00_configuration.ipynb #daa223d1
@@ -64,7 +66,7 @@ def section_model(socket: str, kind: str) -> type[BaseModel]:
     A codec may also be a folder, which has no arguments.
     """
     part = SOCKETS[socket][kind] if kind in SOCKETS[socket] else None
-    hidden = SUPPLIED | (_shared if socket == "correction" else set())
+    hidden = SUPPLIED | (_shared if socket in ("network", "correction") else set())
     own = {name: field for name, field in part_arguments(part).items() if name not in hidden} if part else {}
     kinds: Any = Literal[kind]
     fields: dict[str, Any] = {"kind": (kinds, kind), **own, **_common.get(socket, {})}
@@ -87,6 +89,11 @@ class DataConfig(BaseModel):
     seconds: float = Field(LogMel.seconds, gt=0, description="length of the windows that sounds are looked at in")
     mel_bands: int = Field(LogMel.size, ge=16, le=4096, description="of sounds; a window has as many time steps")
     n_fft: int = Field(LogMel.n_fft, ge=64, le=2**20, description="of sounds: samples per Fourier transform")
+    mix: Mix = Field(
+        "average", description="of a sound's channels: their mean, or at each time and frequency the loudest")
+    front_end: Literal["log-mel", "audioset"] = Field(
+        "log-mel", description="of sounds: a picture in decibels, or what sound-features was trained with (its "
+        "default; then sample_rate, mel_bands and n_fft are fixed)")
 
 # %% ../../nbs/methods/00_configuration.ipynb #ad7a2517
 class DetectorConfig(BaseModel):
@@ -113,7 +120,8 @@ def configure(values: dict[str, Any], seed: int = 0) -> DetectorConfig:
         if name not in known:
             raise InputError(f"unknown override {name!r}; known: {', '.join(sorted(known))}{_meant(name)}")
     sections: dict[str, Any] = {name: _checked_section(name, values.get(name)) for name in SOCKETS}
-    return DetectorConfig(**sections, data=_checked("data", DataConfig, values.get("data") or {}),
+    suited = {"front_end": "audioset"} if sections["codec"]["kind"] == "sound-features" else {}
+    return DetectorConfig(**sections, data=_checked("data", DataConfig, suited | (values.get("data") or {})),
                           training=_checked("training", TrainingConfig, values.get("training") or {}), seed=seed)
 
 # %% ../../nbs/methods/00_configuration.ipynb #47f008f6
@@ -235,12 +243,23 @@ def make_processor(data: DataConfig, dataset: Dataset, measured: bool = True) ->
         known = measure_range([dataset.root / path for path in dataset.select("train").path])
         name = data.protocol or ("official" if dataset.benchmark else "full_frame")
         return replace(PROTOCOLS[name], value_range=known)
-    processor = LogMel(sample_rate=data.sample_rate, seconds=data.seconds, size=data.mel_bands, n_fft=data.n_fft)
+    if data.front_end == "audioset":
+        return _audioset_picture(data)
+    processor = LogMel(data.sample_rate, data.seconds, data.mel_bands, data.n_fft, mix=data.mix)
     if not measured:
         return processor
     normals = dataset.select("train").path
     paths = [dataset.root / path for path in normals.iloc[fixed_subset(len(normals))]]
     return processor.fitted(progress(paths, desc="measuring sounds", unit="sound"))
+
+
+def _audioset_picture(data: DataConfig) -> AudioSetPicture:
+    "The fixed front end. Raises `InputError` for a setting that it would not follow."
+    for name in ("image_size", "sample_rate", "mel_bands", "n_fft"):
+        if getattr(data, name) != DataConfig.model_fields[name].default:
+            raise InputError(f"override 'data.{name}': the front end audioset (of sound-features) has its own; leave "
+                             f"it at {DataConfig.model_fields[name].default}")
+    return AudioSetPicture(data.seconds, data.mix)
 
 # %% ../../nbs/methods/00_configuration.ipynb #3a73223b
 def build_part(socket: str, section: dict[str, Any] | None, known: dict[str, Any]) -> Any:
@@ -260,6 +279,9 @@ def make_codec(section: dict[str, Any], processor: Processor) -> Codec:
     if section["kind"] in CODECS and "image_channels" in inspect.signature(CODECS[section["kind"]]).parameters:
         arguments["image_channels"] = processor.channels
     codec = load_codec(section["kind"], **arguments)
+    if isinstance(codec, SoundFeatureCodec) != isinstance(processor, AudioSetPicture):
+        raise InputError("override 'codec.kind': sound-features is for sounds and needs the front end audioset "
+                         "(data.front_end), which no other codec takes")
     if processor.channels not in codec.accepted_channels:
         raise InputError(f"override 'codec.kind': {section['kind']} takes pictures of three channels, a sound has one; "
                          "use wavelet or pixels")
@@ -277,12 +299,13 @@ def build_detector(config: DetectorConfig, categories: list[str], processor: Pro
     known = dict(channels=channels, height=height, width=width, image_channels=processor.channels,
                  image_size=image_size, map_size=processor.size, num_classes=len(categories), seed=config.seed)
     forward = build_part("forward", config.forward, known)
+    fixed = {**vars(type(forward)), **(forward.config if forward else {})}  # what it says of itself, and was told
+    known |= {name: fixed[name] for name in _shared if name in fixed}
     set_seed(derive_seed(config.seed, "weights"))
     network = build_part("network", config.network, known)
     _check_size(network, image_size, height, codec.downsample)
-    shared = {name: value for name, value in dict(forward.config if forward else {}).items() if name in _shared}
     return AnomalyDetector(
-        codec, forward, network, build_part("correction", config.correction, known | shared),
+        codec, forward, network, build_part("correction", config.correction, known),
         build_part("discrepancy", config.discrepancy, known), categories, image_size, processor,
         config.discrepancy["top_share"], mixed_precision=config.training.mixed_precision)
 

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['StoredArray', 'scratch_folder', 'detect_rows', 'StoredMaps', 'store_maps', 'check_space', 'store_masks',
            'category_metrics', 'counted_pixels', 'summary', 'count_parameters', 'peak_memory_mb', 'count_calls',
-           'read_log', 'write_arrays', 'write_maps', 'Evaluation', 'on_disk', 'run_metrics', 'open_run', 'evaluate']
+           'read_log', 'write_arrays', 'write_maps', 'Evaluation', 'on_disk', 'untold_metrics', 'run_metrics',
+           'open_run', 'evaluate']
 
 # %% ../../nbs/runs/02_evaluate.ipynb #8d798209
 import math
@@ -97,17 +98,22 @@ class StoredMaps:
     maps: dict[str, StoredArray] = field(default_factory=dict)    # name -> (n, size, size): "final map" and others
     scores: dict[str, list[float]] = field(default_factory=dict)  # name -> n scores
     windows: list[float] = field(default_factory=list)            # of each file, where the window of its maps begins
+    labels: list[int] = field(default_factory=list)               # of each file, the class that it was compared with
     seconds: float = 0.0                                          # how long detection took
 
 
 def store_maps(folder: Path, detector: AnomalyDetector, dataset: Dataset, rows: pd.DataFrame, batch_size: int = 16,
-               desc: str = "testing") -> StoredMaps:
-    "Detects in the files of `rows` and stores their maps in `folder`. Raises `InputError` if the disk has no room."
+               desc: str = "testing", told: bool = True) -> StoredMaps:
+    """Detects in the files of `rows` and stores their maps in `folder`. Raises `InputError` if the disk has no room.
+
+    told: whether the detector is told their categories; if not, only the final map is stored.
+    """
     stored = StoredMaps()
-    for one in stream_rows(detector, dataset, rows, desc, batch_size):
+    for one in stream_rows(detector, dataset, rows, desc, batch_size, told=told):
         levels = {name: level[None] for name, level in one.maps.items()}
         final = levels.pop("anomaly")
-        batch = {**detector.discrepancy.comparisons(levels), "final map": final}
+        compared = detector.discrepancy.comparisons(levels) if told and len(levels) > 1 else {}
+        batch = {**compared, "final map": final}
         if not stored.maps:
             check_space(folder, len(rows) * len(batch) * final.nbytes)
             stored.maps = {name: StoredArray(folder / str(number), final.shape[1:], np.float32)
@@ -116,6 +122,7 @@ def store_maps(folder: Path, detector: AnomalyDetector, dataset: Dataset, rows: 
             stored.maps[name].append(level.numpy())
             stored.scores.setdefault(name, []).extend(map_scores(level, detector.config.top_share).tolist())
         stored.windows.append(one.start)
+        stored.labels.append(one.label)
         stored.seconds += one.seconds
     return stored
 
@@ -255,6 +262,7 @@ class Evaluation:
         self.pixels: dict[str, dict] = {}      # name -> arrays for pixels/
         self.fixed: dict[str, dict] = {}       # name -> arrays for examples/
         self.examples: list[tuple] = []        # best and worst cases for the figures
+        self.untold: dict[str, dict] = {}      # name -> metrics, if the detector is not told the category
         self.seconds, self.calls = 0.0, 0
 
     def measure(self, category: str, rows: pd.DataFrame, batch_size: int, save_maps: bool) -> None:
@@ -271,6 +279,19 @@ class Evaluation:
             self._keep(category, rows, final, masks, known)
             if save_maps:
                 write_maps(self.run / "maps", rows, (final[index] for index in range(len(final))))
+        if self.detector.tells_classes and len(self.dataset.categories) > 1:
+            self._measure_untold(category, rows, batch_size, masks, known)
+
+    def _measure_untold(self, category: str, rows: pd.DataFrame, batch_size: int, masks: StoredArray,
+                        known: np.ndarray) -> None:
+        "Measures the same files once more where the detector has to find out their category."
+        with scratch_folder(self.scratch / "maps") as folder:
+            desc = f"testing {category}, category not told"
+            stored = store_maps(folder, self.detector, self.dataset, rows, batch_size, desc, told=False)
+            scores, maps = stored.scores["final map"], stored.maps["final map"]
+            found = category_metrics(rows.label, scores, maps, masks, known)
+        right = np.array(stored.labels) == self.detector.config.categories.index(category)
+        self.untold[category] = {**found, "category_accuracy": float(right.mean())}
 
     def _keep(self, category: str, rows: pd.DataFrame, maps: StoredArray, masks: StoredArray,
               known: np.ndarray) -> None:
@@ -299,12 +320,24 @@ def on_disk(path: Path, array: np.ndarray) -> np.ndarray:
 _label_note = "the class label of each test file is given to the network (category known)"
 
 
+def untold_metrics(untold: dict[str, dict]) -> dict[str, Any]:
+    "What metrics.json holds of files whose category the detector had to find out, under \"category_not_told\"."
+    if not untold:
+        return {}
+    mean: dict[str, Any] = mean_metrics(untold)
+    mean.pop("notes")  # they are those of the metrics where the category was told
+    mean["category_accuracy"] = sum(one["category_accuracy"] for one in untold.values()) / len(untold)
+    categories = {name: {key: value for key, value in one.items() if key != "notes"} for name, one in untold.items()}
+    return {"category_not_told": {"categories": categories, "mean": mean}}
+
+
 def run_metrics(evaluation: Evaluation, record: dict[str, Any], log: pd.DataFrame) -> dict[str, Any]:
     "The content of metrics.json, from the `record` and the `log` of the run."
     detector, dataset, categories = evaluation.detector, evaluation.dataset, evaluation.categories
     size, count = detector.config.image_size, sum(result["n_test"] for result in categories.values())
     notes = [detector.processor.describe(), f"the codec sees {size} x {size} pixels", *dataset.notes]
-    if len(dataset.categories) > 1 and METHODS[record["method"]].conditional:
+    notes += [detector.codec.note] if detector.codec.note else []
+    if len(dataset.categories) > 1 and (METHODS[record["method"]].conditional or detector.tells_classes):
         notes.append(_label_note)
     notes += [f"{name}: {note}" for name, result in categories.items() for note in result.pop("notes")]
     return {
@@ -312,7 +345,7 @@ def run_metrics(evaluation: Evaluation, record: dict[str, Any], log: pd.DataFram
         "preset": record["preset"], "seed": record["seed"], "categories": categories, **summary(categories, notes),
         "train_seconds": float(log.seconds.iloc[-1]), "seconds_per_image": evaluation.seconds / count,
         "network_calls": evaluation.calls / count, "peak_memory_mb": peak_memory_mb(detector.device),
-        "parameters": count_parameters(detector), "notes": notes,
+        "parameters": count_parameters(detector), "notes": notes, **untold_metrics(evaluation.untold),
     }
 
 # %% ../../nbs/runs/02_evaluate.ipynb #f4e58773
@@ -325,7 +358,7 @@ def open_run(run: Path, device: str) -> tuple[dict[str, Any], pd.DataFrame, Anom
         raise InputError(f"{run}: training has not finished; resume it first")
     log = read_log(run / "log.jsonl")
     place, about = resolve_device(device), record["dataset"]
-    use_machine(place, (record["parameters"].get("training") or {}).get("deterministic", False))
+    use_machine(place, (record["parameters"].get("training") or {}).get("deterministic", False), record)
     detector = AnomalyDetector.from_pretrained(run / "model").to(place)
     dataset = read_dataset(about["root"], about["categories"], about["split_table"], **about.get("labels", {}))
     if dataset.fingerprint() != about["fingerprint"]:

@@ -158,7 +158,8 @@ def _fit_here(record: dict[str, Any], config: DetectorConfig, dataset: Dataset, 
     if state.num_processes != processes:
         raise InputError(f"processes: {processes}, but each sees {state.num_processes}; start them with torchrun")
     state.wait_for_everyone()  # all have looked at what there was before anyone writes
-    machine = use_machine(device, config.training.deterministic)
+    before = read_json(out_dir / "config.json") if resume and (out_dir / "config.json").exists() else None
+    machine = use_machine(device, config.training.deterministic, before)
     processor = make_processor(config.data, dataset)
     _read_held_out(dataset, processor)
     detector = build_detector(config, dataset.categories, processor).to(device)

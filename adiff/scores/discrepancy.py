@@ -58,10 +58,12 @@ class Discrepancy(ModelMixin, ConfigMixin):
     A subclass must hold at least one tensor: diffusers reads a module's device and type off it. `limit` is the upper
     end of its final map, None if that is open. `normalized` says whether its final map depends on `fit_normalization`;
     `compares_images`, whether it looks at `reference` and `reconstruction`: else no reference is decoded.
+    `sees_images`, whether `forward` is also given `images`, the inputs, and `class_labels`.
     """
 
     limit: float | None = None
     normalized = False
+    sees_images = False
 
     @classmethod
     def pretrained(cls, **config):
@@ -87,6 +89,12 @@ class Discrepancy(ModelMixin, ConfigMixin):
         `size`: side of the maps in pixels.
         """
         raise NotImplementedError
+
+    def fit_images(self, images, held_out=()):
+        """Learns from the pictures themselves; called only where `sees_images`. Nothing by default.
+
+        Both are iterables of inputs (n, channels, H, W) in [-1, 1] and class labels (n,): training and held-out normals.
+        """
 
     def fit(self, latents):
         "Learns from training normals: `latents` is an iterable of scaled latents (n, C, h, w). Nothing by default."

@@ -290,7 +290,7 @@ def train(detector: AnomalyDetector, dataset: Dataset, training: TrainingConfig,
         use_machine(accelerator.device, deterministic=True)
     began, log = time.monotonic(), []
     with watched_normals(dataset) as watched:
-        if detector.network is not None:
+        if detector.network is not None and not hasattr(detector.network, "fit"):
             log = train_network(accelerator, detector, dataset, training, seed, out_dir, resume, watched)
         learn_normals(detector, dataset)
     log = log or [{"step": 0, "seconds": round(time.monotonic() - began, 3)}]
