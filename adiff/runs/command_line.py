@@ -71,15 +71,17 @@ def _messages():
 # %% ../../nbs/runs/06_command_line.ipynb #607356ba
 def failed_import(error):
     "The name of the package, not adiff itself, whose import raised `error`, and why; (None, \"\") if no import did."
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__
+    if inner := error.__cause__ or error.__context__:
+        found = failed_import(inner)
+        if found[0]:
+            return found
     importing, package, trace = False, None, error.__traceback__
     while trace is not None:
         importing = importing or trace.tb_frame.f_code.co_filename.startswith("<frozen importlib")
         package, trace = trace.tb_frame.f_globals.get("__name__", "").split(".")[0], trace.tb_next
     if isinstance(error, ImportError) and error.name:
         importing, package = True, error.name.split(".")[0]
-    theirs = importing and package not in (None, "", "adiff", "importlib", "__main__")
+    theirs = importing and package not in (None, "", "adiff", "importlib", "_frozen_importlib", "__main__")
     return (package, " ".join(str(error).split())[:150]) if theirs else (None, "")
 
 # %% ../../nbs/runs/06_command_line.ipynb #6b3a114d
