@@ -241,7 +241,7 @@ class Detected(NamedTuple):
     input: torch.Tensor                  # (channels, size, size)
     reconstruction: torch.Tensor | None  # (channels, image_size, image_size) on the CPU
     seconds: float                       # how long detection took
-    label: int                           # the class that it was compared with
+    label: int = 0                       # the class that it was compared with
     windows: int = 1                     # of how many windows this is the highest
 
 

@@ -160,7 +160,7 @@ def _lab(module):
 # %% ../../nbs/runs/06_command_line.ipynb #804ffcad
 _methods = ("adiff", "autoencoder", "ddpm", "ddpm-simplex", "deco", "dense-autoencoder", "isolation-forest", "knn",
             "one-class-svm", "padim")
-_presets = ("cpu", "cpu-taef2", "gpu", "paper")
+_presets = ("cpu", "cpu-taef2", "gpu", "instant", "instant-taef2", "paper")
 
 
 def _completed(names):
@@ -180,7 +180,7 @@ _seed = click.option("--seed", default=0, show_default=True, help="seed of weigh
 @click.argument("method", shell_complete=_completed(lambda: _methods))
 @click.argument("data", type=click.Path())
 @click.option("--out", "out_dir", type=click.Path(), help="run folder to write")
-@click.option("--preset", default="cpu", show_default=True, help="cpu, gpu or paper",
+@click.option("--preset", default="cpu", show_default=True, help="cpu, gpu, paper or instant",
               shell_complete=_completed(lambda: _presets))
 @click.option("--categories", default="all", show_default=True, help="names separated by commas")
 @click.option("-o", "--override", "assignments", multiple=True, metavar="KEY=VALUE",

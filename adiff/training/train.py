@@ -30,7 +30,7 @@ from ..detector.pipeline import AnomalyDetector
 from ..machine import compiled, use_machine
 from ..networks.fast_cpu import fast
 from .checkpoints import load_checkpoint, save_checkpoint
-from .held_out import learn_normals
+from .held_out import is_trained, learn_normals
 from .latents import TrainingLatents, WatchedFiles, watched_normals
 from .logs import TrainingLog, check_trackers, diverged, start_trackers, write_log
 from .loop import (batch_indices, data_position, denoising_losses, learning_rate_factor, own_generators,
@@ -290,7 +290,7 @@ def train(detector: AnomalyDetector, dataset: Dataset, training: TrainingConfig,
         use_machine(accelerator.device, deterministic=True)
     began, log = time.monotonic(), []
     with watched_normals(dataset) as watched:
-        if detector.network is not None and not hasattr(detector.network, "fit"):
+        if is_trained(detector):
             log = train_network(accelerator, detector, dataset, training, seed, out_dir, resume, watched)
         learn_normals(detector, dataset)
     log = log or [{"step": 0, "seconds": round(time.monotonic() - began, 3)}]
