@@ -1,21 +1,27 @@
 """What people hand over, built from reports about this kind of software: read right, or refused in one clear line."""
+import io
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
 import pytest
 import soundfile
+import torch
 from click.testing import CliRunner
 from PIL import Image
 
 from adiff import AnomalyDetector, fit
 from adiff.core import InputError
 from adiff.data.dataset import Dataset
-from adiff.data.images import FULL_FRAME
+from adiff.data.images import FULL_FRAME, open_mask
 from adiff.data.reading import read_dataset
+from adiff.lab.engines import kernel_trouble
 from adiff.methods.configuration import DataConfig, make_processor
+from adiff.methods.official import read_official_checkpoint
 from adiff.runs.command_line import main
 from adiff.runs.detect import OUTPUTS, detect_files
 
@@ -255,7 +261,7 @@ def test_a_table_without_the_columns_names_those_it_has(tmp_path):
 CHEAP = {"knn": {"codec": {"kind": "wavelet", "levels": 2}, "data": {"image_size": 32},
                  "discrepancy": {"memory_size": 100}},
          "adiff": {"data": {"image_size": 32}, "training": {"length": 2, "batch_size": 2},
-                   "correction": {"num_seeds": 1}, "discrepancy": {"input_size": 32}},
+                   "correction": {"num_seeds": 1}, "discrepancy": {"kind": "semantic", "input_size": 32}},
          "one-class-svm": {}}
 
 
@@ -376,3 +382,118 @@ def test_what_detect_skips_is_counted(model, tmp_path):
                                      "--device", "cpu", "--no-overlays"])
     assert "left out: 2 suffix .heic, 1 suffix .txt" in told.stdout
     assert not (tmp_path / "out/overlays").exists()
+
+
+# ---- pictures and masks of every kind
+
+def test_more_than_8_bits_keep_their_contrast(tmp_path, one_thread):
+    "A camera of 12 bits: the range is measured on the training normals, and kept in the model."
+    def shot(seed, scratch=False):
+        return (plate(seed, scratch=scratch)[0][..., 0].astype(np.uint16) * 16)
+
+    (tmp_path / "shots").mkdir()
+    for number in range(12):
+        Image.fromarray(shot(number)).save(tmp_path / f"shots/{number}.png")
+    detector = train("knn", tmp_path / "shots", tmp_path / "run")
+    low, high = detector.processor.value_range
+    assert low < 960 and 2400 < high < 5000 and "values from" in detector.processor.describe()
+    again = AnomalyDetector.from_pretrained(tmp_path / "run/model")
+    inputs = again.preprocess([shot(50)])[0]
+    assert inputs.max() - inputs.min() > 0.8 and torch.equal(inputs, detector.preprocess([shot(50)])[0])
+    Image.fromarray(shot(50)).save(tmp_path / "new.tif")
+    assert torch.equal(inputs, again.preprocess(tmp_path / "new.tif")[0])
+    assert again([shot(51, scratch=True)]).is_anomalous[0]
+
+
+def test_a_picture_has_the_same_answer_in_every_form(model, tmp_path):
+    detector, image = AnomalyDetector.from_pretrained(model), plate(60, (300, 200), True)[0].copy()
+    image[..., 2] //= 2  # so that the order of the channels matters
+    Image.fromarray(image).save(tmp_path / "a.png")
+    tensor = torch.from_numpy(image).movedim(-1, 0).clone()
+    expected = detector(tmp_path / "a.png").scores[0]
+    for source in (image, image / 255, (tmp_path / "a.png").read_bytes(), io.BytesIO((tmp_path / "a.png").read_bytes())):
+        assert detector([source]).scores[0] == pytest.approx(expected, rel=1e-5)
+    with open(tmp_path / "a.png", "rb") as file:
+        assert detector(file).scores[0] == pytest.approx(expected, rel=1e-5)
+    as_tensor = detector(tensor.float() / 127.5 - 1).scores[0]  # bilinear where pictures are bicubic
+    for same in (tensor, tensor.float() / 255, tensor.float(), tensor.long()):
+        assert detector(same).scores[0] == pytest.approx(as_tensor, rel=1e-4)
+    for swapped in (image[..., ::-1], np.ascontiguousarray(image[..., ::-1])):
+        assert detector([swapped], channel_order="bgr").scores[0] == pytest.approx(expected, rel=1e-5)
+    for wrong, message in ((tensor.float() / 127, "a tensor must be"), (image.astype(np.int64), "int64")):
+        with pytest.raises(InputError, match=message):
+            detector([wrong])
+    with pytest.raises(InputError, match="channel_order"):
+        detector([image], channel_order="gbr")
+
+
+def test_masks_by_stated_rules(tmp_path):
+    mask = plate(0, scratch=True)[1]
+    grey = Image.fromarray(mask * np.uint8(255))
+    clear = Image.new("RGBA", grey.size, (255, 0, 0, 0))
+    clear.putalpha(grey)
+    written = {"one.png": Image.fromarray(mask * np.uint8(1)), "white.png": grey, "lossy.jpg": grey, "alpha.png": clear}
+    for name, one in written.items():
+        one.save(tmp_path / name)
+        assert (np.asarray(open_mask(tmp_path / name)) > 0).sum() == pytest.approx(mask.sum(), rel=0.1), name
+    Image.fromarray(mask * np.uint8(1)).save(tmp_path / "faint.jpg")
+    if np.asarray(Image.open(tmp_path / "faint.jpg")).max():
+        with pytest.raises(InputError, match="PNG"):
+            open_mask(tmp_path / "faint.jpg")
+
+
+def test_a_mask_is_turned_like_its_image_and_an_inverted_one_is_named(tmp_path, caplog):
+    flag = Image.Exif()
+    flag[0x0112] = 6
+    for name in ("train/good/0.jpg", "test/dent/1.jpg", "test/dent/2.jpg"):
+        save(tmp_path / "part" / name, size=(40, 30), exif=flag)
+    painted = np.zeros((30, 40), np.uint8)
+    painted[:6, :20] = 255  # over the stored pixels: upper left becomes upper right
+    (tmp_path / "part/ground_truth/dent").mkdir(parents=True)
+    Image.fromarray(painted).save(tmp_path / "part/ground_truth/dent/1_mask.png")
+    Image.new("L", (30, 40), 255).save(tmp_path / "part/ground_truth/dent/2_mask.png")
+    dataset, caplog.handler.level = read_dataset(tmp_path), 0
+    with caplog.at_level("INFO", "adiff"):
+        turned, whole = (dataset.mask(row, FULL_FRAME.at(32)) for row in dataset.select("test").itertuples())
+    assert turned[2, 30] and not turned[2, 2] and "turned like its image" in caplog.text
+    assert whole.all() and "inverted" in caplog.text
+
+
+# ---- the edges of the one-line contract
+
+def test_a_package_that_breaks_when_imported_is_one_line(tmp_path):
+    broken = tmp_path / "fake/torchvision"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text('raise RuntimeError("operator torchvision::nms does not exist")\n')
+    about = tmp_path / "fake/torchvision-0.29.1.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: torchvision\nVersion: 0.29.1\n")
+    photos(tmp_path / "photos", range(3))
+    path = os.pathsep.join([str(tmp_path / "fake"), os.environ.get("PYTHONPATH", "")])
+    code = "from adiff.runs.command_line import main; main()"
+    told = subprocess.run([sys.executable, "-c", code, "fit", "knn", tmp_path / "photos", "--out", tmp_path / "run"],
+                          env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    lines = told.stderr.strip().splitlines()
+    assert told.returncode == 2 and lines[-1].startswith("adiff: the package torchvision cannot be imported"), told.stderr
+    assert "Traceback" not in told.stderr and "nms does not exist" in lines[-1]
+
+
+@pytest.mark.parametrize("wrap", [lambda w: {"model": w}, lambda w: w, lambda w: {"state_dict": w}, lambda w: {"ema": w},
+                                  lambda w: {"model": {f"module.{key}": value for key, value in w.items()}}])
+def test_official_checkpoints_as_they_are_saved(tmp_path, wrap):
+    weights = {"cond_stage_model.embedding.weight": torch.zeros(2, 4), "time_embed.0.weight": torch.zeros(8, 2),
+               "input_blocks.0.0.weight": torch.zeros(2, 4, 3, 3)}
+    torch.save(wrap(weights), tmp_path / "a.pt")
+    assert set(read_official_checkpoint(tmp_path / "a.pt")) == set(weights)
+
+
+def test_a_kernel_of_another_python_is_refused_before_anything_runs(tmp_path, monkeypatch):
+    kernel = tmp_path / "kernels/python3"
+    kernel.mkdir(parents=True)
+    (tmp_path / "python").write_text("#!/bin/sh\necho \"No module named 'adiff'\" >&2\nexit 1\n")
+    (tmp_path / "python").chmod(0o755)
+    (kernel / "kernel.json").write_text(json.dumps({
+        "argv": [str(tmp_path / "python"), "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+        "display_name": "Python 3", "language": "python"}))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    assert "another Python" in kernel_trouble() and "No module named 'adiff'" in kernel_trouble()

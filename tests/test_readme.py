@@ -41,6 +41,7 @@ def workplace(tmp_path, monkeypatch, urban_tree):
     shutil.copytree(data / "bottle/train/good", tmp_path / "photos/normal")
     shutil.copytree(data / "bottle/test/hole", tmp_path / "photos/new")
     (tmp_path / "photos/new/000.png").rename(tmp_path / "photos/new/IMG_1.png")
+    shutil.copytree(data / "bottle/test/good", tmp_path / "photos/more_normal")
     pump = make_demo_sounds(tmp_path / "sounds_made", train=6, good=2, per_fault=1) / "pump"
     shutil.copytree(pump / "train/good", tmp_path / "sounds/normal")
     shutil.copytree(pump / "test/knock", tmp_path / "recordings/new")
@@ -77,7 +78,8 @@ def test_python_blocks(repository, workplace):
 def test_adiff_commands(repository, workplace):
     commands = [command for command in adiff_commands(repository)
                 if command[0] not in ELSEWHERE and "-o" not in command]
-    assert " ".join(command[0] for command in commands) == "fit detect fit detect fit evaluate fit doctor export demo"
+    assert " ".join(command[0] for command in commands) == ("fit detect fit detect fit fit calibrate detect detect fit "
+                                                            "evaluate fit doctor export demo")
     for command in commands:
         run(*command)
     text = (repository / "nbs/docs/deployment.md").read_text()

@@ -8,6 +8,7 @@ __all__ = ['COLUMNS', 'SPLITS', 'READERS', 'Dataset', 'mask_of_image', 'sizes_of
 
 # %% ../../nbs/data/05_dataset.ipynb #d9e8b794
 import hashlib
+import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from PIL import Image, ImageChops
 
 from ..core import InputError, unknown_name
 from .files import file_size, kind_of
-from .images import binary_mask, image_size, open_image, read_image
+from .images import image_size, open_mask, read_image, turned_like
 from .processor import Processor
 from .sound_files import sound_seconds
 from ..extensions import Extensible
@@ -29,6 +30,7 @@ from ..extensions import Extensible
 # %% ../../nbs/data/05_dataset.ipynb #46d67027
 COLUMNS = ["path", "category", "split", "label", "defect", "mask"]
 SPLITS = ["train", "validation", "test"]
+_log = logging.getLogger("adiff.data.dataset")
 
 
 @dataclass(eq=False)
@@ -87,7 +89,10 @@ class Dataset:
             return None
         if not label:
             return processor.mask(None)
-        return processor.mask(mask_of_image([self.root/one for one in file.split("\n")], self.root/row.path))
+        found = processor.mask(mask_of_image([self.root/one for one in file.split("\n")], self.root/row.path))
+        if found.mean() > 0.9:
+            _log.warning("%s: the mask covers %.0f %% of its picture; is it inverted?", file, 100 * found.mean())
+        return found
 
     def summary(self, processor: Processor | None = None, image_size: int | None = None) -> str:
         """What was read, as a short text: files per split and label, their suffixes and sizes, what was left out.
@@ -109,12 +114,13 @@ class Dataset:
 # %% ../../nbs/data/05_dataset.ipynb #86fdf196
 def mask_of_image(mask_files: Sequence[Path], image_file: Path) -> Image.Image:
     "The PIL mask in the union of `mask_files`. Raises `InputError` if one is not of the size of the `image_file`."
-    masks, size = [open_image(file) for file in mask_files], image_size(image_file)
+    masks = [turned_like(open_mask(file), image_file, file) for file in mask_files]
+    size = image_size(image_file)
     for file, mask in zip(mask_files, masks):
         if mask.size != size:
             raise InputError("{}: the mask is {} x {} pixels, its image {} is {} x {}; they must agree".format(
                 file, *mask.size, image_file, *size))
-    return masks[0] if len(masks) == 1 else reduce(ImageChops.lighter, map(binary_mask, masks))
+    return reduce(ImageChops.lighter, masks)
 
 # %% ../../nbs/data/05_dataset.ipynb #33b58a1b
 def _some(paths: Sequence[str], most: int = 200) -> list[str]:
@@ -214,12 +220,19 @@ def chosen_categories(categories: str | Sequence[str], known: list[str]) -> list
     "The names among `known` that `categories` ('all', comma-separated, or a list) asks for. Raises `InputError`."
     if isinstance(categories, str):
         categories = known if categories.strip() == "all" else [name.strip() for name in categories.split(",")]
+    categories = [_spelt(str(name), known) for name in categories]
     for name in categories:
         if name not in known:
             raise unknown_name("category", name, known)
     if not categories:
         raise InputError("categories: none named; give names separated by commas, or all")
     return sorted(set(categories))
+
+
+def _spelt(name: str, known: list[str]) -> str:
+    "The `name` as it is `known` where zeros before a number were lost on the way: 1 for 01."
+    same = [one for one in known if one.isdigit() and name.isdigit() and int(one) == int(name)]
+    return same[0] if name not in known and len(same) == 1 else name
 
 # %% ../../nbs/data/05_dataset.ipynb #b075c2fc
 READERS = Extensible("dataset", {})

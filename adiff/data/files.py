@@ -51,8 +51,8 @@ def suffixes(kind: str) -> frozenset[str]:
         formats = set(Image.OPEN) - _not_opened
         return frozenset(one for one, name in Image.registered_extensions().items() if name in formats)
     known = soundfile.available_formats()
-    readable = {one for name, ends in _sound_formats.items() if name in known for one in ends.split()}
-    return frozenset(readable | {".aac", ".m4a", ".wma"})  # these are refused with advice
+    ends = {one for name, ends in _sound_formats.items() if name in known for one in ends.split()}
+    return frozenset(ends | {".aac", ".m4a", ".wma"})  # not opened, but refused with advice, not left out
 
 
 def kind_of(path: AnyPath) -> str | None:

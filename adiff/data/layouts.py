@@ -20,7 +20,7 @@ import pandas as pd
 from ..core import AnyPath, InputError, unknown_name
 from .dataset import Dataset, chosen_categories, complete_dataset, hold_out_test, register_reader
 from .files import (file_size, files_below, files_in, find_files, folders_in, image_of_mask, label_of, words)
-from .images import image_size, open_image
+from .images import image_size, open_image, open_mask
 
 # %% ../../nbs/data/06_layouts.ipynb #a4a36361
 _mvtec_sides = {"bottle": 900, "metal_nut": 700, "pill": 800, "tile": 840,
@@ -190,7 +190,7 @@ def _is_mask_beside(file: Path, names: set[Path]) -> bool:
 
 
 def pictures_and_masks(folder: Path) -> tuple[list[Path], list[Path]]:
-    "The pictures (or sounds) in `folder` and below, and the masks there. If there is an `rgb`, only its pictures count."
+    "The pictures (or sounds) in `folder` and below, and the masks there. Of an `rgb` beside others, only it counts."
     files = files_below(folder)
     names = {file.with_suffix("") for file in files}
     twins = _twins(files)
@@ -379,7 +379,7 @@ def _labelled_by_mask(root: Path, category: str, split: str, folder: Path, notes
         return []
     rows, left_out = [], 0
     for one in pictures:
-        anomalous = any(np.asarray(open_image(mask)).any() for mask in found[one])
+        anomalous = any(np.asarray(open_mask(mask)).any() for mask in found[one])
         if anomalous and split == "train":
             left_out += 1
         else:
@@ -428,7 +428,7 @@ def _patterns(root: Path, given: str | Sequence[str] | None, option: str, paths:
     patterns = patterns_below(root, given)
     for one in patterns:
         if not any(_fits(path, [one]) for path in paths):
-            raise InputError(f"{option} {one}: fits no file in {root}; give a folder in it or a pattern like '*_ok.png'")
+            raise InputError(f"{option} {one}: fits no file in {root}; give a folder in it or a pattern, as '*_ok.png'")
     return patterns
 
 # %% ../../nbs/data/06_layouts.ipynb #ae4ed3fd

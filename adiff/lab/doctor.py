@@ -363,6 +363,11 @@ def _kernel(out):
         detail = f"no kernel python3; known: {', '.join(known) or 'none'}"
         remedy = "python -m ipykernel install --sys-prefix"
         return [Finding("jupyter kernel", "warning", detail, "notebooks cannot run", remedy)]
+    from adiff.lab.engines import kernel_trouble
+
+    if trouble := kernel_trouble():
+        said, remedy = trouble.rsplit("; ", 1)
+        return [Finding("jupyter kernel", "warning", said, "notebooks cannot run", remedy)]
     return [Finding("jupyter kernel", "ok", f"python3 (ipykernel {ipykernel.__version__})")]
 
 

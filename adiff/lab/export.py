@@ -106,8 +106,8 @@ def facts(detector, program):
 
     inputs and outputs with their shapes; categories, whose order is that of the class labels; calibration: category ->
     threshold, mean, std of held-out normal scores, or None; processor: how a file becomes an input (kind, channels,
-    size, range, a description, and its own settings: for images resize and crop); map_limit: the upper end of the maps,
-    None if that is open; top_share: see `map_scores`; versions.
+    size, range, a description, and its own settings: for images resize, crop, value_range); map_limit: the upper end of
+    the maps, None if that is open; top_share: see `map_scores`; versions.
     """
     processor, names = detector.processor, program.graph_signature.user_inputs
     size, channels = processor.size, processor.channels

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ..core import (InputError, atomic_path, duration, ensure_folder, locked, log_tail, progress, read_json,
     remove_leftovers, write_json)
-from .engines import make_engine
+from .engines import kernel_trouble, make_engine
 from .matrix import Notebook, code_fingerprint, matrices_folder, matrix_file, plan, read_matrix
 
 # %% ../../nbs/lab/05_reproduce.ipynb #17060fb9
@@ -114,6 +114,8 @@ def reproduce(matrix, out=None, engine="local", jobs=None, device="auto", parame
     """
     path = matrix_file(matrix)
     runs = plan(path, parameters, only, data)
+    if engine == "local" and (trouble := kernel_trouble()):
+        raise InputError(trouble)
     out = ensure_folder(out or Path("reproduced")/path.stem)
     with locked(out, patience=2, name=".reproduce"):
         _check_matrix(out, path.stem)

@@ -11,6 +11,7 @@ __all__ = ['SOCKETS', 'SUPPLIED', 'part_arguments', 'section_model', 'DataConfig
 import inspect
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import cache
 from typing import Any, Literal, NoReturn, get_type_hints
 
@@ -22,7 +23,7 @@ from ..codecs.sound_features import SoundFeatureCodec
 from ..core import InputError, derive_seed, progress, set_seed
 from ..data.audioset_pictures import AudioSetPicture
 from ..data.dataset import Dataset
-from ..data.images import PROTOCOLS
+from ..data.images import PROTOCOLS, measure_range
 from ..data.loading import fixed_subset
 from ..data.processor import Processor
 from ..data.sounds import LogMel, Mix
@@ -239,7 +240,9 @@ _example = "'{\"codec\": {\"kind\": \"taef2\"}}'"
 def make_processor(data: DataConfig, dataset: Dataset, measured: bool = True) -> Processor:
     "The processor for the files of a `dataset`; if they are sounds, `measured` on training sounds, at most 1000."
     if dataset.kind == "image":
-        return PROTOCOLS[data.protocol or ("official" if dataset.benchmark else "full_frame")]
+        known = measure_range([dataset.root / path for path in dataset.select("train").path])
+        name = data.protocol or ("official" if dataset.benchmark else "full_frame")
+        return replace(PROTOCOLS[name], value_range=known)
     if data.front_end == "audioset":
         return _audioset_picture(data)
     processor = LogMel(data.sample_rate, data.seconds, data.mel_bands, data.n_fft, mix=data.mix)

@@ -9,6 +9,7 @@ __all__ = ['OFFICIAL_CATEGORIES', 'read_official_checkpoint', 'convert_official_
 import argparse
 import pickle
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.loaders.single_file_utils import LDM_UNET_KEY, convert_ldm_unet_checkpoint
@@ -49,11 +50,27 @@ def read_official_checkpoint(path: AnyPath) -> dict[str, torch.Tensor]:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
         raise InputError(f"{path}: refused, not a checkpoint of plain tensors ({reason}); "
                          "nothing in it was run") from None
-    weights = checkpoint.get("model") if isinstance(checkpoint, dict) else None
-    if not isinstance(weights, dict) or any(not isinstance(weights.get(key), torch.Tensor) for key in _needed):
+    weights = _official_weights(checkpoint)
+    if weights is None:
         raise InputError(f"{path}: not in the official DeCo-Diff layout; "
                          f"expected a dict whose 'model' holds {_needed[0]} ...")
-    return {key: value.float() for key, value in weights.items() if isinstance(value, torch.Tensor)}
+    return {key: value.float() for key, value in weights.items()}
+
+
+def _official_weights(checkpoint: Any) -> dict[str, torch.Tensor] | None:
+    "The state dict in a `checkpoint`: its model, its ema, or itself; what wrappers put before names (module.) goes."
+    if not isinstance(checkpoint, dict):
+        return None
+    for weights in (*(checkpoint.get(name) for name in ("model", "ema", "state_dict")), checkpoint):
+        if not isinstance(weights, dict):
+            continue
+        end = next((key for key in weights if isinstance(key, str) and key.endswith(_needed[0])), "")
+        before = end.removesuffix(_needed[0])
+        found = {key.removeprefix(before): value for key, value in weights.items()
+                 if isinstance(key, str) and key.startswith(before) and isinstance(value, torch.Tensor)}
+        if end and all(key in found for key in _needed):
+            return found
+    return None
 
 # %% ../../nbs/methods/04_official.ipynb #4b5e4f11
 def _known_size(weights: dict[str, torch.Tensor]) -> dict[str, int]:

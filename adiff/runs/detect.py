@@ -52,8 +52,8 @@ def files_to_detect(paths: Iterable[AnyPath], kind: str, out_dir: AnyPath) -> li
     own = tuple(os.path.join(os.path.abspath(out_dir), name, "") for name in _written)
     files = [file for file in expand_paths(paths, kind) if not os.path.abspath(file).startswith(own)]
     if not files:
-        raise InputError(f"{own[0]}: holds what detection has drawn, and there is nothing else to detect in; name other "
-                         "files")
+        raise InputError(f"{own[0]}: holds what detection has drawn, and there is nothing else to detect in; name "
+                         "other files")
     return files
 
 # %% ../../nbs/runs/04_detect.ipynb #b2238c62
@@ -70,6 +70,7 @@ class Finding:
     def __init__(self, file: Path) -> None:
         self.file, self.scores = file, list[float]()
         self.starts: Sequence[float] = ()
+        self.label = 0  # the class that the highest window was compared with
         self.canvas: Canvas | None = None
         empty = dict.fromkeys(("score", "normalized_score", "threshold", "anomalous"))
         self.row: dict[str, Any] = {"path": str(file), **empty, "overlay": "", "error": ""}
@@ -84,13 +85,15 @@ class Finding:
 
     def add(self, window: Detected) -> bool:
         "One more window; whether it was the last one."
+        if window.score > max(self.scores, default=-np.inf):
+            self.label = window.label
         self.scores.append(window.score)
         self.canvas.add(window.start, window.input, window.maps["anomaly"])  # type: ignore[union-attr]
         return len(self.scores) == len(self.starts)
 
-    def conclude(self, detector: AnomalyDetector, category: str, choice: Choice) -> None:
+    def conclude(self, detector: AnomalyDetector, choice: Choice) -> None:
         "Score and decision, when the last window is done: the highest counts."
-        best = np.max(self.scores, keepdims=True)
+        best, category = np.max(self.scores, keepdims=True), detector.config.categories[self.label]
         self.row["score"] = float(best[0])
         if calibrated := detector.calibrated(best, [category], [len(self.scores)], *choice):
             normalized = float(calibrated["normalized_scores"][0])
@@ -147,8 +150,8 @@ class FileStream:
 def find_regions(anomaly_map: np.ndarray, threshold: float) -> list[dict[str, Any]]:
     """Connected regions (touching corners count) of a map (H, W) above `threshold`, the highest first.
 
-    Each has its box (x, y, width, height), its area, the largest value as its score, and its centre (center_x, center_y),
-    in pixels from the upper left corner.
+    Each has its box (x, y, width, height), its area, the largest value as its score, and its centre (center_x,
+    center_y), in pixels from the upper left corner.
     """
     labels, count = ndimage.label(anomaly_map > threshold, np.ones((3, 3)))
     regions = []
@@ -243,9 +246,9 @@ def _remove_empty(folder: Path, stop: Path) -> None:
         folder = folder.parent
 
 # %% ../../nbs/runs/04_detect.ipynb #ff3029bc
-def _check_request(detector: AnomalyDetector, category: str, choice: Choice, save: Collection[str]) -> None:
+def _check_request(detector: AnomalyDetector, categories: list[str], choice: Choice, save: Collection[str]) -> None:
     "Raises `InputError` for outputs or a threshold that this detector cannot give."
-    calibrated = category in (detector.config.calibration or {})
+    calibrated = set(categories) <= set(detector.config.calibration or {})
     if unknown := set(save) - set(OUTPUTS):
         raise unknown_name("output", min(unknown), OUTPUTS)
     if choice.threshold is not None and choice.false_positive_rate is not None:
@@ -253,11 +256,12 @@ def _check_request(detector: AnomalyDetector, category: str, choice: Choice, sav
     if choice.false_positive_rate is not None:
         check_rate(choice.false_positive_rate)
         if not calibrated:
-            raise InputError("false-positive rate: this model was never calibrated; adiff calibrate MODEL FOLDER does it "
-                             "from normal files")
-        threshold_for(detector.config.calibration[category], 1, choice.false_positive_rate)
+            raise InputError("false-positive rate: this model was never calibrated; adiff calibrate MODEL FOLDER does "
+                             "it from normal files")
+        for category in categories:
+            threshold_for(detector.config.calibration[category], 1, choice.false_positive_rate)
     if {"masks", "regions"} & set(save) and choice.threshold is None and not calibrated:
-        raise InputError("masks and regions need a threshold, and this model has none; give --threshold, or calibrate it")
+        raise InputError("masks and regions need a threshold, and this model has none; give --threshold, or calibrate")
     if "regions" in save and detector.processor.kind == "sound":
         raise InputError("regions are those of pictures; windows.csv says when a sound was anomalous")
 
@@ -283,8 +287,8 @@ def detect_files(model: AnyPath, paths: Iterable[AnyPath], out_dir: AnyPath, cat
     use_machine(place)
     detector = AnomalyDetector.from_pretrained(model).to(place)
     label = detector.class_labels(category, 1)
-    category = detector.config.categories[int(label)]
-    _check_request(detector, category, choice, save)
+    known = detector.config.categories
+    _check_request(detector, known if int(label) < 0 else [known[int(label)]], choice, save)  # -1: it finds out
     files = files_to_detect(paths, detector.processor.kind, out_dir)
     root = Path(os.path.commonpath([file.absolute().parent for file in files]))
     writer, windows = Writer(out_dir, root, save, detector.discrepancy.limit), list[dict]()
@@ -294,7 +298,7 @@ def detect_files(model: AnyPath, paths: Iterable[AnyPath], out_dir: AnyPath, cat
             for window in batch:
                 found = stream.findings[window.row]
                 if found.add(window):
-                    found.conclude(detector, category, choice)
+                    found.conclude(detector, choice)
                     if detector.processor.seconds is not None:
                         windows += found.windows(detector.processor.seconds)
                     writer.write(found)
@@ -319,7 +323,10 @@ def calibrate_model(model: AnyPath, folder: AnyPath, category: str | None = None
     place, index = resolve_device(device), Path(model) / "model_index.json"
     use_machine(place)
     detector = AnomalyDetector.from_pretrained(model).to(place)
-    category = detector.config.categories[int(detector.class_labels(category, 1))]
+    label = int(detector.class_labels(category, 1))
+    if label < 0:
+        raise InputError(f"category: say which of {', '.join(detector.config.categories)} the files show")
+    category = detector.config.categories[label]
     dataset = read_dataset(folder, **(labels or {}))
     if dataset.kind != detector.processor.kind:
         raise InputError(f"{folder}: holds {dataset.kind}s, and this detector takes {detector.processor.kind}s")

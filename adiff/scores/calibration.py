@@ -30,7 +30,7 @@ def highest_of_each(scores: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 # %% ../../nbs/scores/09_calibration.ipynb #d1aa1ee4
 def tail_threshold(scores: np.ndarray, false_positive_rate: float) -> float:
-    "The value that a new normal score exceeds at this rate, from sorted `scores` (n,): a score, or one beyond them all."
+    "The value that a new normal score exceeds at this rate, from sorted `scores` (n,): one of them, or beyond all."
     n = len(scores)
     rank = math.ceil((n + 1) * (1 - false_positive_rate) - 1e-9)
     k = n // 2 if n <= 20 else max(10, n // 5)
@@ -43,7 +43,7 @@ def tail_threshold(scores: np.ndarray, false_positive_rate: float) -> float:
 
 
 def rate_of_window(false_positive_rate: float, windows: float) -> float:
-    "How often one window may raise a false alarm, so that a recording of `windows` (overlapping by half) does at a rate."
+    "How often one window may raise a false alarm if a recording of `windows`, overlapping by half, may at a rate."
     return -math.expm1(math.log1p(-false_positive_rate) * 2 / (windows + 1))
 
 # %% ../../nbs/scores/09_calibration.ipynb #7f3992bf
@@ -63,8 +63,8 @@ def check_rate(false_positive_rate: float) -> None:
 def calibrate_scores(scores: Any, false_positive_rate: float = 0.05, files: int | None = None) -> dict[str, Any]:
     """What is kept of normal `scores` (n,), one for each window of so many `files` (None: n), as plain values.
 
-    threshold (for one window), mean, std (None if there is none), n (files), false_positive_rate, interval (of the rate,
-    95 %), scores (sorted). Raises `InputError` without scores and for a rate outside 0..1.
+    threshold (for one window), mean, std (None if there is none), n (files), false_positive_rate, interval (of the
+    rate, 95 %), scores (sorted). Raises `InputError` without scores and for a rate outside 0..1.
     """
     scores = np.sort(np.asarray(scores, dtype=np.float64))
     check_rate(false_positive_rate)

@@ -111,8 +111,7 @@ def held_out_scores(detector: AnomalyDetector, dataset: Dataset, rows: pd.DataFr
     names = set(remembered.path) if learns_from_training(detector) else set()
     names |= set(scaled.path) if detector.discrepancy.normalized else set()
     folded = rows.path.isin(names).to_numpy()
-    folds = len(rows) if len(rows) <= 10 else 5
-    fold = np.where(folded, np.arange(len(rows)) % folds, -1)
+    fold = np.where(folded, np.arange(len(rows)) % 5, -1)
     parts = []
     for number in sorted(set(fold)):  # -1, those that nothing has learned from, comes after the last fit
         inside = set(rows.path[fold == number]) if number >= 0 else set()
@@ -148,6 +147,6 @@ def learn_normals(detector: AnomalyDetector, dataset: Dataset) -> None:
     for name in few if os.environ.get("RANK", "0") == "0" else ():  # of several processes, one says it
         if one := (detector.config.calibration or {}).get(name):
             low, high = (100 * share for share in one["interval"])
-            _log.warning("%s: the threshold comes from %d normal files, each judged by what was learned without it%s: %.0f "
-                         "to %.0f %% of new normals may be called anomalous; adiff calibrate MODEL FOLDER sets it from "
-                         "more", name, one["n"], seen, low, high)
+            _log.warning("%s: the threshold comes from %d normal files, each judged by what was learned without it%s: "
+                         "%.0f to %.0f %% of new normals may be called anomalous; adiff calibrate MODEL FOLDER sets it "
+                         "from more", name, one["n"], seen, low, high)

@@ -9,11 +9,19 @@ from PIL import Image, ImageOps
 model, picture, out, *category = sys.argv[1:]
 session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
 facts = json.loads(session.get_modelmeta().custom_metadata_map["adiff"])
+if len(category or facts["categories"]) != 1 or not set(category) <= set(facts["categories"]):
+    sys.exit(f"say which category the picture shows: {', '.join(facts['categories'])}")
 category = (category or facts["categories"])[0]
 
+image = ImageOps.exif_transpose(Image.open(picture))
+if image.mode[0] in "IF":  # more than 8 bits: from the range of the training normals, as the detector does it
+    low, high = facts["processor"]["value_range"] or ((0, 65535) if image.mode[0] == "I" else (0, 1))
+    image = Image.fromarray(np.rint((np.clip((np.float64(image) - low) / (high - low), 0, 1)) * 255).astype(np.uint8))
+if image.has_transparency_data:
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
 side, size = facts["processor"]["resize"], facts["processor"]["size"]  # squeezed to a square, then its centre
 margin = (side - size) // 2
-image = ImageOps.exif_transpose(Image.open(picture)).convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
+image = image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
 image = image.crop((margin, margin, margin + size, margin + size))
 inputs = {"inputs": np.asarray(image, np.float32).transpose(2, 0, 1)[None] / 127.5 - 1,
           "class_labels": np.array([facts["categories"].index(category)])}
