@@ -129,7 +129,8 @@ def test_a_run_that_goes_on_keeps_its_number_of_threads(data, run, tmp_path, mon
     chosen = []
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr("adiff.machine.usable_cores", lambda: 4)
-    monkeypatch.setattr("adiff.machine.torch.set_num_threads", chosen.append)
+    monkeypatch.setattr("torch.set_num_threads", chosen.append)
+    monkeypatch.setattr("torch.get_num_threads", lambda: chosen[-1])
     assert adiff_here(*fit_arguments(data, tmp_path / "run"), "--resume").returncode == 0
     open_run(tmp_path / "run", "cpu")
     assert chosen == [3, 3]

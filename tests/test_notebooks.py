@@ -9,16 +9,16 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(path.relative_to(REPOSITORY / "nbs").as_posix() for path in (REPOSITORY / "nbs").rglob("*.ipynb")
                    if not (path.parent / ".notest").exists()
                    and not any(part[0] in "._" for part in path.relative_to(REPOSITORY).parts))
-# Those that compute for more than five seconds, which only `make check` runs (CPU seconds, without imports).
+# Which only `make check` runs: those that compute for more than five seconds (imports aside), and two, 04_site and
+# 04_logs, that need packages which `make test` does not install.
 SLOW = {f"{name}.ipynb" for name in """
     codecs/01_wavelets codecs/06_load data/10_demo_images data/11_demo_sounds detector/02_pipeline
     diffusion/01_masked lab/01_engines lab/02_tables lab/03_gallery lab/04_site lab/05_reproduce lab/06_export
-    lab/07_doctor lab/08_benchmark methods/00_configuration methods/01_deco_diff methods/02_adiff
-    methods/03_baselines methods/04_official methods/05_registry networks/02_attention networks/03_autoencoders
-    networks/04_fast_cpu runs/00_fit runs/01_run_figures runs/03_each_category scores/02_semantic
-    scores/04_memories training/00_loop training/03_processes training/05_held_out training/06_train
-    tutorials/00_architecture tutorials/01_photo_folder tutorials/02_sound_folder tutorials/03_new_method
-    tutorials/04_reading_metrics
+    lab/07_doctor lab/08_benchmark methods/01_deco_diff methods/02_adiff networks/02_attention
+    networks/03_autoencoders networks/04_fast_cpu runs/00_fit runs/01_run_figures runs/03_each_category
+    scores/02_semantic scores/04_memories training/00_loop training/03_processes training/04_logs
+    training/05_held_out training/06_train tutorials/00_architecture tutorials/01_photo_folder
+    tutorials/02_sound_folder tutorials/03_new_method tutorials/04_reading_metrics
 """.split()}
 
 

@@ -93,6 +93,7 @@ def test_adiff_commands(repository, workplace):
     assert "bottle" in run(*table)
 
 
+@pytest.mark.slow
 def test_overrides_of_the_pages_are_known(repository):
     "Every `-o` of the pages is a change that DeCo-Diff's configuration takes."
     (command,) = [command for command in adiff_commands(repository, "fit") if "-o" in command]
