@@ -99,8 +99,8 @@ class AudioSetPicture(SoundProcessor):
     def describe(self) -> str:
         "One line for the notes under a number."
         return (f"AudioSet's log-mel pictures of {_bands} mel bands x {self.size} time steps over {self.seconds:g} s "
-                f"at {_rate} Hz; shorter sounds are followed by silence, of longer ones the window with the highest score "
-                f"counts{MIX_NOTES[self.mix]}")
+                f"at {_rate} Hz; shorter sounds are followed by silence, of longer ones the window with the highest "
+                f"score counts{MIX_NOTES[self.mix]}")
 
     def config(self) -> dict[str, Any]:
         "A dict that JSON can hold; `sound_processor` makes the same processor of it again."

@@ -28,7 +28,7 @@ def file_size(path: AnyPath) -> int:
 
 # %% ../../nbs/data/00_files.ipynb #fd0afd96
 SUFFIXES = {"image": (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"),
-            "sound": (".aac", ".flac", ".m4a", ".mp3", ".ogg", ".opus", ".wav", ".wma")}  # AAC, WMA: refused with advice
+            "sound": (".aac", ".flac", ".m4a", ".mp3", ".ogg", ".opus", ".wav", ".wma")}  # AAC and WMA are refused
 
 
 def kind_of(path: AnyPath) -> str | None:

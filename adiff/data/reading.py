@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..core import AnyPath, InputError
-from . import urbansound8k  # noqa: F401  it registers its reader, as layouts does
+from . import sound_layouts, urbansound8k  # noqa: F401  they register their readers, as layouts does
 from .dataset import COLUMNS, READERS, Dataset, chosen_categories, complete_dataset
 from .layouts import read_plain_folder, read_split_table
 
@@ -31,7 +31,7 @@ def read_dataset(
     categories: str | Sequence[str] = "all",   # "all", names separated by commas, or a list
     split_table: AnyPath | None = None,        # a CSV that says what each file is for
 ) -> Dataset:
-    """The `Dataset` in folder `root`: MVTec AD layout, VisA, UrbanSound8K, a `split_table`, a plain folder.
+    """The `Dataset` in folder `root`: MVTec AD layout, VisA, known datasets of sounds, `split_table`, a plain folder.
 
     Before a folder is taken for a plain one, the readers that installed packages offer under `adiff.datasets` are asked
     (`adiff.extensions`). `notes` tells of absent files, missing masks, skipped folders and held-out normals. Raises
