@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['kaldi_mel', 'audioset_levels', 'picture_of_bands', 'bands_of_picture', 'AudioSetPicture', 'sound_processor']
 
-# %% ../../nbs/data/14_audioset_pictures.ipynb #430018fa
+# %% ../../nbs/data/14_audioset_pictures.ipynb #8e3125cc
 import functools
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,7 +71,7 @@ class AudioSetPicture(SoundProcessor):
 
     seconds: float = 4.0
     mix: Mix = "average"
-    sample_rate: ClassVar[int] = _rate
+    sample_rate: int = field(default=_rate, init=False)
 
     def __post_init__(self) -> None:
         check_mix(self.mix)

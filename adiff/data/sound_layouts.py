@@ -108,7 +108,8 @@ def read_dcase(root: Path, categories: str | Sequence[str]) -> Dataset | None:
     Categories are MACHINE_section_00_source, without MACHINE_ if `root` is a machine. Raises `InputError` for a clip
     whose name contradicts its folder.
     """
-    rows, unlabelled = [], 0
+    rows: list[tuple] = []
+    unlabelled = 0
     for machine, prefix in _named_machines(root, ("train", "test")):
         clips, without = _dcase_clips(machine)
         rows, unlabelled = rows + _dcase_rows(clips, root, prefix), unlabelled + (without if clips else 0)
