@@ -10,7 +10,6 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from sklearn.base import BaseEstimator
 from sklearn.ensemble import IsolationForest
@@ -30,10 +29,10 @@ def pooled_statistics(z, statistics="time"):
     """What is kept of latents (n, C, h, w).
 
     "time": mean, standard deviation and maximum of each row over the columns, (n, 3 * C * h). "mean": the mean of each
-    channel over all cells, scaled to length 1, (n, C).
+    channel over all cells, (n, C).
     """
     if statistics == "mean":
-        return F.normalize(z.mean((2, 3)), dim=1)
+        return z.mean((2, 3))
     rows = z.flatten(1, 2)
     return torch.cat([rows.mean(2), rows.std(2, correction=0), rows.amax(2)], 1)
 
