@@ -10,6 +10,7 @@ import soundfile
 import torch
 
 from adiff.data import sound_files
+from adiff.data.audioset_pictures import AudioSetPicture, sound_processor
 from adiff.data.files import find_sounds
 from adiff.data.sound_files import load_torchaudio, read_sound, sound_seconds
 from adiff.data.sounds import LogMel
@@ -159,6 +160,103 @@ def test_a_wav_of_unknown_length_is_read(tmp_path):
     content[4:8] = content[at:at + 4] = b"\xff" * 4
     (tmp_path / "stream.wav").write_bytes(content)
     assert len(read_sound(tmp_path / "stream.wav", RATE)) == RATE
+
+
+# ---- every format
+
+WAV = ["PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ALAW", "ULAW", "IMA_ADPCM", "MS_ADPCM", "GSM610",
+       "G721_32", "NMS_ADPCM_16", "NMS_ADPCM_24", "NMS_ADPCM_32"]
+FORMATS = [("WAV", subtype) for subtype in WAV] + [("WAVEX", "PCM_24"), ("WAVEX", "FLOAT"), ("RF64", "PCM_16"),
+                                                   ("W64", "PCM_16"), ("FLAC", "PCM_24"), ("OGG", "VORBIS"),
+                                                   ("OGG", "OPUS"), ("MP3", "MPEG_LAYER_III")]
+HUM = (0.3 * np.sin(np.arange(3 * RATE) / 8) + 0.02 * np.random.default_rng(0).standard_normal(3 * RATE))
+
+
+def write_unseekable(path, container, subtype):
+    "soundfile cannot write encodings in which it cannot seek, but at the very end."
+    with soundfile.SoundFile(path, "w", RATE, 1, subtype, format=container) as file:
+        try:
+            file.write(HUM)
+        except soundfile.SoundFileError as error:
+            assert "unseekable" in str(error)
+
+
+@pytest.mark.parametrize("container, subtype", FORMATS)
+def test_every_encoding_is_read_whole_and_in_parts(tmp_path, container, subtype):
+    write_unseekable(path := tmp_path / "sound", container, subtype)
+    whole = read_sound(path, RATE)
+    assert abs(sound_seconds(path) - 3) < 0.06 and len(whole) == round(sound_seconds(path) * RATE)
+    found = min(np.sqrt(np.mean((whole[lag:lag + 40000].numpy() - HUM[:40000])**2)) for lag in range(2))
+    assert found < (1e-4 if subtype in ("PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE") else 0.1)
+    parts = [read_sound(path, RATE, start, 0.25) for start in np.arange(12) / 4]
+    assert torch.allclose(torch.cat(parts), whole[:3 * RATE], atol=2e-3)
+
+
+@pytest.mark.parametrize("name, rate", [("a.ogg", 44100), ("a.ogg", 16000), ("a.mp3", 44100), ("a.mp3", 16000)])
+def test_a_jump_into_a_lossy_file_lands_in_the_whole(tmp_path, name, rate):
+    "libsndfile decodes the first packets after a jump wrongly."
+    tone = 0.5 * np.sin(np.arange(8 * rate) / 20) + 0.02 * np.random.default_rng(0).standard_normal(8 * rate)
+    whole = read_sound(write(tmp_path / name, tone, rate), rate)
+    for start in np.random.default_rng(1).uniform(0, 7.9, 25):
+        first = round(start * rate)
+        assert torch.allclose(read_sound(tmp_path / name, rate, start, 0.1), whole[first:first + rate // 10], atol=1e-4)
+
+
+@pytest.mark.parametrize("length", [0, 0xFFFFFFFF, 0xFFFFFFDB, 0x7FFFFFFF, 0x80000000, 0x7FFFF000])
+def test_a_header_without_a_length_is_read_to_the_end(tmp_path, length):
+    content = bytearray(write(tmp_path / "stream.wav", subtype="PCM_16").read_bytes())
+    at = content.index(b"data") + 4
+    content[4:8] = min(length + 36, 0xFFFFFFFF).to_bytes(4, "little")
+    content[at:at + 4] = length.to_bytes(4, "little")
+    (tmp_path / "stream.wav").write_bytes(content)
+    assert sound_seconds(tmp_path / "stream.wav") == 1
+    assert np.allclose(read_sound(tmp_path / "stream.wav", RATE), SOUND, atol=1e-4)
+    content[at:at + 4] = (10**6).to_bytes(4, "little")  # a length that could be, but is not there
+    (tmp_path / "stream.wav").write_bytes(content)
+    assert "cut short" in refused(tmp_path / "stream.wav")
+
+
+def test_a_streamed_flac_is_refused_with_the_command(tmp_path):
+    content = bytearray(write(tmp_path / "a.flac").read_bytes())
+    content[21] &= 0xF0
+    content[22:26] = bytes(4)  # the number of samples: unknown
+    (tmp_path / "a.flac").write_bytes(content)
+    assert refused(tmp_path / "a.flac").endswith(f"ffmpeg -i {tmp_path}/a.flac {tmp_path}/a.wav")
+
+
+def test_a_large_wav_that_is_cut_is_noticed(tmp_path):
+    soundfile.write(tmp_path / "a.rf64", SOUND, RATE, subtype="PCM_16", format="RF64")
+    content = (tmp_path / "a.rf64").read_bytes()
+    assert len(read_sound(tmp_path / "a.rf64", RATE)) == RATE
+    (tmp_path / "a.rf64").write_bytes(content[:-100])
+    assert "cut short" in refused(tmp_path / "a.rf64")
+
+
+@pytest.mark.parametrize("start", [b"\0\0\0\x20ftypM4A \0\0\0\0", b"\xff\xf1\x50\x80\x2e\x7f",
+                                   b"\x30\x26\xb2\x75\x8e\x66\xcf"])
+def test_what_a_telephone_records_is_refused_with_the_command(tmp_path, start):
+    (tmp_path / "my memo.m4a").write_bytes(start + bytes(1000))
+    message = refused(tmp_path / "my memo.m4a")
+    assert message.endswith(f"ffmpeg -i '{tmp_path}/my memo.m4a' '{tmp_path}/my memo.wav'")
+    assert find_sounds(tmp_path) == [tmp_path / "my memo.m4a"]  # so that it is not passed over in silence
+
+
+# ---- channels
+
+@pytest.mark.parametrize("kind", [LogMel, AudioSetPicture])
+def test_nothing_cancels_in_the_loudest_channel(kind):
+    background = np.random.default_rng(0).normal(0, 0.01, (4 * RATE, 1)).repeat(8, axis=1)  # all hear the same
+    fault = 0.1 * np.sin(np.arange(4 * RATE) * 2 * np.pi * 3000 / RATE)
+    for channels in ([1, -1, 0, 0, 0, 0, 0, 0], [0, 0, 0, 1, 0, 0, 0, 0]):  # in anti-phase; at one microphone
+        faulty = background + fault[:, None] * channels
+        average, loudest = (kind(mix=mix).load((faulty, RATE)) - kind(mix=mix).load((background, RATE))
+                            for mix in ("average", "loudest"))
+        assert loudest.max() > average.max() + 0.3
+    mono = (SOUND, RATE)
+    assert torch.equal(kind(mix="loudest").load(mono), kind().load(mono))
+    assert sound_processor(json.loads(json.dumps(kind(mix="loudest").config()))) == kind(mix="loudest")
+    with pytest.raises(InputError, match="mix"):
+        kind(mix="mean")
 
 
 def test_start_outside_the_sound_is_refused():

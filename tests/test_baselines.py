@@ -10,7 +10,7 @@ from adiff.diffusion.identity import IdentityForwardProcess, SinglePassCorrectio
 from adiff.networks.coreset import greedy_coreset
 from adiff.networks.autoencoders import ConvolutionalAutoencoder, DenseAutoencoder
 from adiff.scores.memories import MahalanobisDiscrepancy, NearestNeighborDiscrepancy
-from adiff.scores.pooled import PooledStatisticsDiscrepancy, pooled_statistics
+from adiff.scores.pooled import PooledStatisticsDiscrepancy, SingleGaussian, pooled_statistics
 from adiff.scores.reconstruction import ReconstructionErrorDiscrepancy
 from adiff.core import InputError
 
@@ -21,6 +21,8 @@ FITTED = {
     "memory not full": lambda: NearestNeighborDiscrepancy(12, memory_size=5000, neighbors=3),
     "one-class-svm": lambda: PooledStatisticsDiscrepancy(12, 6, "one-class-svm"),
     "isolation-forest": lambda: PooledStatisticsDiscrepancy(12, 6, "isolation-forest"),
+    "gaussian": lambda: PooledStatisticsDiscrepancy(12, 6, "gaussian"),
+    "mean of channels": lambda: PooledStatisticsDiscrepancy(12, 6, "gaussian", statistics="mean"),
 }
 
 
@@ -147,8 +149,28 @@ def test_pooled_scores_order_as_scikit_learn(name):
     assert (np.argsort(part.score(z).numpy()) == np.argsort(expected.astype(np.float32))).mean() > 0.8
 
 
+def test_the_single_gaussian_is_what_ideal_denoising_moves():
+    "sigma^2 (Sigma + sigma^2 I)^-1 (x - mu), the posterior mean of a Gaussian, in units of the variance."
+    train, test = (part.double().numpy() for one in (latents(300), latents(5, seed=1))
+                   for part in [pooled_statistics(one * torch.linspace(0.2, 2, 12).view(-1, 1, 1), "mean")])
+    part = SingleGaussian(noise=0.1).fit(train)
+    sigma = np.cov(train.T, bias=True)
+    noise = 0.1 * np.trace(sigma) / 12
+    precise = np.linalg.inv(np.linalg.inv(sigma) + np.eye(12) / noise)  # covariance of the posterior
+    posterior = (precise @ (np.linalg.inv(sigma) @ train.mean(0)[:, None] + test.T / noise)).T
+    moved = np.linalg.norm(test - posterior, axis=1)
+    assert np.allclose(-part.score_samples(test) * 0.1, moved)
+
+
+def test_a_gaussian_of_fewer_clips_than_numbers():
+    part = PooledStatisticsDiscrepancy(12, 6, "gaussian")
+    part.fit([latents(5)])
+    assert part.score(latents(5, seed=1)).min() > part.score(latents(5)).max() > 0
+
+
 def test_unknown_names_are_refused():
     for build in (lambda: ReconstructionErrorDiscrepancy(power=3), lambda: PooledStatisticsDiscrepancy(12, 6, "svm"),
+                  lambda: PooledStatisticsDiscrepancy(12, 6, statistics="median"),
                   lambda: ConvolutionalAutoencoder(height=100)):
         with pytest.raises(InputError) as error:
             build()

@@ -21,6 +21,7 @@ SCRIPTS = Path(__file__).resolve().parent.parent / "data_scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 import common  # noqa: E402  the scripts are not part of the package
+import esc50  # noqa: E402
 import mvtec_ad  # noqa: E402
 import urbansound8k  # noqa: E402
 import visa  # noqa: E402
@@ -337,7 +338,7 @@ def test_bad_input_is_one_line(run, arguments, part):
     assert code == 2 and part in error
 
 
-@pytest.mark.parametrize("script", ["mvtec_ad", "visa", "urbansound8k"])
+@pytest.mark.parametrize("script", ["mvtec_ad", "visa", "urbansound8k", "esc50"])
 def test_script_runs_without_adiff(script, tmp_path):
     def start(*arguments):
         return subprocess.run([sys.executable, SCRIPTS / f"{script}.py", *arguments], cwd=tmp_path, text=True,
@@ -400,6 +401,21 @@ def test_urbansound_layout(tmp_path, monkeypatch):
     assert urbansound8k.problems(tmp_path) == ["audio/fold7: 1 of 2 clips", "audio/fold10: missing"]
     (tmp_path / "metadata/UrbanSound8K.csv").write_text("a,b\n1,2\n")
     assert "not the official table" in urbansound8k.problems(tmp_path)[0]
+
+
+def test_esc50_layout(tmp_path, monkeypatch):
+    monkeypatch.setattr(esc50, "CLIPS", 10)
+    monkeypatch.setattr(esc50, "PER_FOLD", 2)
+    assert esc50.problems(tmp_path) == ["meta/esc50.csv: missing"]
+    names = [f"{fold}-{fold}0{take}-{take}-0" for fold in range(1, 6) for take in "AB"]
+    (tmp_path / "meta").mkdir()
+    (tmp_path / "meta/esc50.csv").write_text("filename,fold\n" + "".join(f"{name}.wav,{name[0]}\n" for name in names))
+    (tmp_path / "audio").mkdir()
+    for name in names[:-1]:
+        (tmp_path / "audio" / f"{name}.{'ogg' if name[0] == '2' else 'wav'}").touch()
+    assert esc50.problems(tmp_path) == ["audio: 1 of 2 clips of fold 5"]
+    (tmp_path / "meta/esc50.csv").write_text("a,b\n1,2\n")
+    assert "not the official table" in esc50.problems(tmp_path)[0]
 
 
 def test_development_data_has_what_it_says(shared):

@@ -135,3 +135,61 @@ def test_the_release_is_read_from_torchs_cache(weights, tmp_path, monkeypatch):
     torch.save({"features.0.0.weight": pytest.raises}, cached)
     with pytest.raises(InputError, match="no usable weights"):
         load_codec("sound-features")
+
+
+# ---- detectors
+
+def sounds(folder, count, pitch):
+    "Noises of two seconds around a pitch, at 16 kHz."
+    generator = np.random.default_rng(int(pitch))
+    folder.mkdir(parents=True)
+    for number in range(count):
+        tone = np.sin(np.arange(32000) * 2 * np.pi * pitch * generator.uniform(0.95, 1.05) / 16000)
+        soundfile.write(folder / f"{number:03}.wav", 0.1 * tone + generator.normal(0, 0.01, 32000), 16000)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sounds") / "hums"
+    for name, count, pitch in (("train/good", 12, 300), ("test/good", 6, 301), ("test/high", 6, 900)):
+        sounds(folder / name, count, pitch)
+    return folder
+
+
+@pytest.mark.parametrize("method, overrides", [
+    ("one-class-svm", {"codec": {"depths": [17]}, "discrepancy": {"statistics": "mean", "estimator": "gaussian"}}),
+    ("knn", {}), ("padim", {"codec": {"depths": [17]}})])
+def test_a_detector_from_fit_to_detection(method, overrides, folder, weights, tmp_path):
+    codec = {"kind": "sound-features", **overrides.get("codec", {})}
+    overrides = {**overrides, "codec": codec, "data": {"seconds": 2.0}}
+    fit(method, folder, tmp_path / "run", overrides=overrides, device="cpu")
+    metrics = evaluate(tmp_path / "run")
+    assert metrics["mean"]["image_auroc"] == 1.0
+    assert SoundFeatureCodec.note in metrics["notes"] and any("AudioSet's log-mel" in one for one in metrics["notes"])
+    record = json.loads((tmp_path / "run/config.json").read_text())
+    assert record["processor"] == {"front_end": "audioset", "seconds": 2.0, "mix": "average"}
+    detector = AnomalyDetector.from_pretrained(tmp_path / "run/model")
+    files = [str(folder / "test/good/000.wav"), str(folder / "test/high/000.wav")]
+    began = time.process_time()
+    found = detector(files)
+    assert time.process_time() - began < 2  # a second for each
+    assert found.maps.shape == (2, 200, 200) and found.scores[1] > found.scores[0]
+
+
+@pytest.mark.parametrize("data, message", [
+    ({"sample_rate": 22050}, "data.sample_rate"), ({"image_size": 128}, "data.image_size"),
+    ({"seconds": 1.0}, "1.28 to 30 seconds"), ({"front_end": "log-mel"}, "needs the front end audioset")])
+def test_settings_that_do_not_fit_are_refused(data, message, folder, weights, tmp_path):
+    with pytest.raises(InputError, match=message):
+        fit("knn", folder, tmp_path / "run", overrides={"codec": {"kind": "sound-features"}, "data": data})
+
+
+def test_photographs_are_refused(weights):
+    from adiff.data.images import PROTOCOLS
+    with pytest.raises(InputError, match="is for sounds"):
+        make_codec({"kind": "sound-features"}, PROTOCOLS["full_frame"])
+
+
+def test_the_codec_decides_the_front_end():
+    assert resolve_config("knn", overrides={"codec": {"kind": "sound-features"}}).data.front_end == "audioset"
+    assert resolve_config("knn", kind="sound").data.front_end == "log-mel"

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['kaldi_mel', 'audioset_levels', 'picture_of_bands', 'bands_of_picture', 'AudioSetPicture', 'sound_processor']
 
-# %% ../../nbs/data/14_audioset_pictures.ipynb #430018fa
+# %% ../../nbs/data/14_audioset_pictures.ipynb #8e3125cc
 import functools
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,7 +71,7 @@ class AudioSetPicture(SoundProcessor):
 
     seconds: float = 4.0
     mix: Mix = "average"
-    sample_rate: ClassVar[int] = _rate
+    sample_rate: int = field(default=_rate, init=False)
 
     def __post_init__(self) -> None:
         check_mix(self.mix)
@@ -99,8 +99,8 @@ class AudioSetPicture(SoundProcessor):
     def describe(self) -> str:
         "One line for the notes under a number."
         return (f"AudioSet's log-mel pictures of {_bands} mel bands x {self.size} time steps over {self.seconds:g} s "
-                f"at {_rate} Hz; shorter sounds are followed by silence, of longer ones the window with the highest score "
-                f"counts{MIX_NOTES[self.mix]}")
+                f"at {_rate} Hz; shorter sounds are followed by silence, of longer ones the window with the highest "
+                f"score counts{MIX_NOTES[self.mix]}")
 
     def config(self) -> dict[str, Any]:
         "A dict that JSON can hold; `sound_processor` makes the same processor of it again."

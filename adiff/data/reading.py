@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..core import AnyPath, InputError
-from . import urbansound8k  # noqa: F401  it registers its reader, as layouts does
+from . import sound_layouts, urbansound8k  # noqa: F401  they register their readers, as layouts does
 from .dataset import COLUMNS, READERS, Dataset, chosen_categories, complete_dataset
 from .files import files_in, folders_in, survey
 from .layouts import read_as_told, read_plain_folder, read_split_table

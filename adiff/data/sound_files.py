@@ -119,19 +119,22 @@ class _Unclosed(io.FileIO):
         at = self.tell()
         count = super().readinto(buffer) or 0
         for index in range(max(at, self.place), min(at + count, self.place + 4)):
-            buffer[index - at] = 0xFF
+            memoryview(buffer).cast("B")[index - at] = 0xFF
         return count
 
 # %% ../../nbs/data/03_sound_files.ipynb #d47840b2
-def _sound_stream(path: AnyPath) -> AnyPath | _Unclosed:
+@contextmanager
+def _sound_stream(path: AnyPath) -> Iterator[AnyPath | _Unclosed]:
     "What soundfile should open: the path, or an `_Unclosed` file."
     with open(path, "rb") as file:
         data = _wav_data(file)
         file.seek(4)
         whole = int.from_bytes(file.read(4), "little") + 8
     if data and data[1] == 0 and whole != os.path.getsize(path) > data[0] + 4:
-        return _Unclosed(path, data[0])
-    return path
+        with _Unclosed(path, data[0]) as stream:
+            yield stream
+    else:
+        yield path
 
 # %% ../../nbs/data/03_sound_files.ipynb #d47840b4
 def _is_aac_or_wma(path: AnyPath) -> bool:
@@ -139,6 +142,12 @@ def _is_aac_or_wma(path: AnyPath) -> bool:
     with open(path, "rb") as file:
         start = file.read(8)
     return start[4:] == b"ftyp" or start[:2] in (b"\xff\xf1", b"\xff\xf9") or start[:4] == b"\x30\x26\xb2\x75"
+
+
+def _must_be_converted(path: AnyPath, what: str) -> InputError:
+    "The error that says how."
+    old, new = shlex.quote(os.fspath(path)), shlex.quote(os.fspath(Path(path).with_suffix(".wav")))
+    return InputError(f"{path}: {what} cannot be read; convert it first: ffmpeg -i {old} {new}")
 
 # %% ../../nbs/data/03_sound_files.ipynb #ab5397ca
 @contextmanager
@@ -150,11 +159,12 @@ def _open_sound(path: AnyPath) -> Iterator[soundfile.SoundFile]:
         if truncated(path):
             raise InputError(f"{path}: the sound is cut short, its end is missing; copy it again or remove it")
         if _is_aac_or_wma(path):
-            old, new = shlex.quote(os.fspath(path)), shlex.quote(os.fspath(Path(path).with_suffix(".wav")))
-            raise InputError(f"{path}: AAC (m4a) and WMA cannot be read; convert it first: ffmpeg -i {old} {new}")
-        with soundfile.SoundFile(_sound_stream(path)) as file:
+            raise _must_be_converted(path, "AAC (m4a) or WMA")
+        with _sound_stream(path) as stream, soundfile.SoundFile(stream) as file:
             if not file.frames:
                 raise InputError(f"{path}: holds no sound (zero samples); remove or replace it")
+            if file.frames >= 2**62:
+                raise _must_be_converted(path, "a flac that does not say how long it is")
             yield file
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
@@ -183,18 +193,6 @@ def _from_array(values: Any, rate: int) -> np.ndarray:
         raise InputError(f"sound array: values of type {values.dtype}; use uint8, int16, int32 or floats in [-1, 1]")
     return values
 
-# %% ../../nbs/data/03_sound_files.ipynb #7014ec00
-@functools.lru_cache(maxsize=1024)
-def _counted(path: str, changed: int) -> int:
-    "Samples of a file that does not say how many there are; `changed` is its time of change."
-    with soundfile.SoundFile(path) as file:
-        return sum(map(len, iter(lambda: file.read(2**20, dtype="float32"), np.empty(0))))  # type: ignore[arg-type]
-
-
-def _frames(path: AnyPath, file: soundfile.SoundFile) -> int:
-    "The number of samples of an open file."
-    return file.frames if file.frames < 2**62 else _counted(os.fspath(path), os.stat(path).st_mtime_ns)
-
 # %% ../../nbs/data/03_sound_files.ipynb #7014ec01
 def _read_part(file: soundfile.SoundFile, first: int, last: int) -> np.ndarray:
     "float32 (last - first, channels) of an open file."
@@ -220,7 +218,7 @@ def _opened(source: Any) -> Iterator[tuple[AnyPath, int, int, Callable]]:
             if not lowest <= file.samplerate <= highest:
                 raise InputError(f"{source}: a sample rate of {file.samplerate} Hz; sounds have {lowest} to {highest}, "
                                  "so repair or remove it")
-            yield source, file.samplerate, _frames(source, file), read
+            yield source, file.samplerate, file.frames, read
     elif isinstance(source, (tuple, list)) and len(source) == 2:
         values = _from_array(*source)
         yield "sound array", int(source[1]), len(values), lambda first, last: values[first:last]

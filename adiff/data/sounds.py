@@ -74,7 +74,7 @@ def level_statistics(levels: Iterable[torch.Tensor]) -> tuple[torch.Tensor, torc
     mean = total / columns
     return mean, (squares / columns - mean**2).clamp_min(0).sqrt().clamp_min(1.0)
 
-# %% ../../nbs/data/04_sounds.ipynb #5b1f00e2
+# %% ../../nbs/data/04_sounds.ipynb #5b1f00ea
 Mix = Literal["average", "loudest"]  # channels: the mean waveform, or at each time and frequency the highest level
 
 
@@ -86,7 +86,7 @@ def check_mix(mix: str) -> None:
     if mix not in get_args(Mix):
         raise unknown_name("mix", mix, get_args(Mix))
 
-
+# %% ../../nbs/data/04_sounds.ipynb #5b1f00e2
 @dataclass(frozen=True)
 class MelPicture:
     """A waveform as a square picture: `size` mel bands (row 0: the highest) x `size` steps over `seconds`.

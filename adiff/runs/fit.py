@@ -95,7 +95,7 @@ def _check_fit(method: str, out_dir: Path, dataset: Dataset, processes: int | No
     processes = count_processes(processes if chosen.divisible or launched else processes or 1, device)
     if processes > 1 and not chosen.divisible:
         raise InputError(f"processes: {processes}, but the training of {method} cannot be divided; use processes 1")
-    if dataset.select("test").path.duplicated().any() and not chosen.conditional:
+    if dataset.select("test").groupby("path").label.nunique().gt(1).any() and not chosen.conditional:
         raise InputError(f"categories: each of {', '.join(dataset.categories)} needs its own {method} detector, "
                          "because what is normal for one is anomalous for another; name one category, or use --each "
                          "(run_each in python)")
