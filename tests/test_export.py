@@ -19,6 +19,8 @@ from adiff import AnomalyDetector, InputError
 from adiff.data.sounds import LogMel
 from adiff.diffusion.identity import IdentityForwardProcess, SinglePassCorrection
 from adiff.networks.autoencoders import ConvolutionalAutoencoder
+from adiff.networks.ideal import IdealDenoiser
+from adiff.scores.fusion import FusionDiscrepancy
 from adiff.scores.memories import NearestNeighborDiscrepancy
 from adiff.scores.pooled import PooledStatisticsDiscrepancy
 from adiff.scores.reconstruction import ReconstructionErrorDiscrepancy
@@ -63,6 +65,30 @@ def autoencoder():
                            ReconstructionErrorDiscrepancy(), ("brick", "coffee"), image_size=32, protocol="full_frame")
 
 
+def pictures(count, size=64):
+    "Random smooth pictures (count, 3, size, size) and class labels (count,) of two classes in turn."
+    images = torch.nn.functional.interpolate(torch.rand(count, 3, 8, 8) * 2 - 1, size, mode="bilinear")
+    return images, torch.arange(count) % 2
+
+
+def ideal():
+    codec = FeatureCodec.pretrained(depths=(4, 10), input_size=64, average=3)
+    network, (images, labels) = IdealDenoiser(codec.latent_channels, 2, memory_size=50, shrinkage=0.5), pictures(8)
+    network.fit([(codec.encode(images), labels)])
+    return AnomalyDetector(codec, MaskedForwardProcess(), network, DeviationCorrection(10, 1, 0), FusionDiscrepancy(2),
+                           ("brick", "coffee"), image_size=64)
+
+
+def fusion():
+    detector = deco(WaveletCodec(), ("pixel",))
+    discrepancy = FusionDiscrepancy.pretrained(levels=("pixel", "ideal"), ideal_denoiser={"memory_size": 50},
+                                               feature_codec={"depths": [4, 10], "input_size": 64})
+    images, labels = pictures(8)
+    discrepancy.fit_images([(images, 0 * labels)])
+    detector.register_modules(discrepancy=discrepancy)
+    return detector
+
+
 DETECTORS = {  # name -> a function that builds a small detector
     "deco": lambda: deco(WaveletCodec(), ("pixel", "latent", "feature"), ("brick", "coffee")),
     "deco, taef2": lambda: deco(load_codec("taef2"), ("pixel", "latent")),
@@ -72,6 +98,8 @@ DETECTORS = {  # name -> a function that builds a small detector
     "ddpm": lambda: adiff(PixelCodec(0), SemanticDiscrepancy(semantic_weight=0.0, scales=(1,)), 32, (1,), 2, 2,
                           protocol="full_frame"),
     "autoencoder": autoencoder,
+    "ideal": ideal,
+    "fusion": fusion,
 }
 
 
@@ -124,7 +152,7 @@ def test_the_graph_answers_as_the_pipeline(name, export, monkeypatch, request):
     run, text = EXPORT_FORMATS["onnx"].read(folder / "line/detector.onnx")
     facts = json.loads((folder / "line/detector.json").read_text())
     assert json.loads(text).items() <= facts.items()
-    assert ("class_labels" in facts["inputs"]) == (name == "deco")  # it has several and looks at them
+    assert ("class_labels" in facts["inputs"]) == (name in ("deco", "ideal"))  # it has several and looks at them
 
     inputs, known = check_inputs(detector), detector.config.categories
     given = {"inputs": torch.cat([inputs, 0.5 * inputs[:2]]).numpy(),

@@ -154,7 +154,7 @@ class FusionDiscrepancy(_Learning):
         compares decoded images and there are none.
         """
         if class_labels is None:
-            class_labels = torch.zeros(len(z), dtype=torch.int64, device=z.device)
+            class_labels = torch.zeros(z.shape[0], dtype=torch.int64, device=z.device)
         seen = z, corrected, reference, reconstruction, size, images, class_labels
         maps = {level: resize_and_smooth(self._level(level, *seen), size, self.config.sigma)
                 for level in self.config.levels}
