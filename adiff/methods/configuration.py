@@ -172,13 +172,20 @@ def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 # %% ../../nbs/methods/00_configuration.ipynb #75f77133
 def _still_known(socket: str, settings: dict[str, Any], kind: Any) -> dict[str, Any]:
-    "Those of the `settings` of a section that a part of another `kind` knows, too; all of them if the kind stays."
+    "Those of the `settings` of a section that a part of another `kind` takes, too; all of them if the kind stays."
     if kind in (None, settings.get("kind")) or socket not in SOCKETS or not isinstance(kind, str):
         return settings
     if kind not in SOCKETS[socket] and socket != "codec":
         return settings
-    known = section_model(socket, kind).model_fields
-    return {name: value for name, value in settings.items() if name in known}
+    model = section_model(socket, kind)
+
+    def fits(name: str, value: Any) -> bool:
+        try:
+            return name in model.model_fields and bool(model.model_validate({name: value}))
+        except ValidationError:
+            return False
+
+    return {name: value for name, value in settings.items() if fits(name, value)}
 
 # %% ../../nbs/methods/00_configuration.ipynb #5c9f893c
 def _no_number(name: str) -> NoReturn:
