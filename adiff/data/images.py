@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -262,11 +262,8 @@ def look_at(name: str, resize: int, crop: int, image_size: int | None, sizes: Se
 
 # %% ../../nbs/data/02_images.ipynb #af4279d7
 @dataclass(frozen=True)
-class ImageProcessor(Processor):
-    """Squeezes an image to `resize` x `resize` pixels (bicubic) and keeps the central `crop` (None: all of it).
-
-    The aspect ratio is ignored. `value_range`: see `read_image`. Raises `InputError` unless 1 <= crop <= resize.
-    """
+class _Square(Processor):
+    "From an image of any size to a square and back, see `ImageProcessor`."
 
     name: str
     resize: int
@@ -287,7 +284,7 @@ class ImageProcessor(Processor):
         "Side of the square that comes out, in pixels."
         return self.resize if self.crop is None else self.crop
 
-    def at(self, size: int) -> "ImageProcessor":
+    def at(self, size: int) -> Self:
         "The same part of an image at another `size`: official at 128 resizes to 144 and crops to 128."
         resize = round(self.resize * size / self.size)
         return self if size == self.size else replace(self, name=f"{self.name}@{size}", resize=resize,
@@ -306,6 +303,14 @@ class ImageProcessor(Processor):
     def place(self, anomaly_map: Any, size: tuple[int, int]) -> np.ndarray:
         "float32 (height, width): a map (size, size) over the original of `size` (width, height), see `place_map`."
         return place_map(anomaly_map, size, self.resize, self.size)
+
+# %% ../../nbs/data/02_images.ipynb #eb00f4ab
+@dataclass(frozen=True)
+class ImageProcessor(_Square):
+    """Squeezes an image to `resize` x `resize` pixels (bicubic) and keeps the central `crop` (None: all of it).
+
+    The aspect ratio is ignored. `value_range`: see `read_image`. Raises `InputError` unless 1 <= crop <= resize.
+    """
 
     def windows(self, source: Any) -> list[float]: return [0.0]
 

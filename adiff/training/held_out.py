@@ -116,7 +116,7 @@ def held_out_scores(detector: AnomalyDetector, dataset: Dataset, rows: pd.DataFr
     for number in sorted(set(fold)):  # -1, those that nothing has learned from, comes after the last fit
         inside = set(rows.path[fold == number]) if number >= 0 else set()
         others = remembered[~remembered.path.isin(inside)], scaled[~scaled.path.isin(inside)]
-        left = set(others[0].category) >= set(remembered.category)  # not without a category's only file
+        left = set(others[0].category) >= set(remembered.category)  # a category's only file cannot be left out
         if number >= 0 and left and (len(others[1]) or scaled.empty):
             learn(detector, dataset, *others)
             parts.append((number, *window_scores(detector, dataset, rows[fold == number].reset_index(drop=True))))
