@@ -141,7 +141,8 @@ def measure_range(paths: Sequence[AnyPath]) -> Range | None:
         with _explained(path), Image.open(path) as image:
             if image.mode.startswith("I") or image.mode == "F":
                 values = np.asarray(image)
-                ends.append(np.percentile(values[np.isfinite(values)], (0.1, 99.9)) if values.size else (0, 0))
+                values = values[np.isfinite(values)]
+                ends.append(np.percentile(values, (0.1, 99.9)) if values.size else (0, 0))
     if not ends:
         return None
     low, high = float(np.min(ends)), float(np.max(ends))

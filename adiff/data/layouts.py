@@ -8,6 +8,7 @@ __all__ = ['known_benchmark', 'read_csv_table', 'read_split_table', 'read_visa',
            'read_as_told', 'read_plain_folder']
 
 # %% ../../nbs/data/06_layouts.ipynb #418d130f
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatch
@@ -363,7 +364,10 @@ def read_visa_categories(root: Path, categories: str | Sequence[str]) -> Dataset
 @register_reader("two-folders")
 def read_two_folders(root: Path, categories: str | Sequence[str]) -> Dataset | None:
     "The `Dataset` of a folder, or of folders in it, with a folder for normal and one for anomalous files; else None."
-    for folders in ([root], folders_in(root)):
+    inside = folders_in(root)
+    if inside and all(re.fullmatch(r"id_\d+", one.name) for one in inside):
+        return None  # MIMII, whose reader knows its own split
+    for folders in ([root], inside):
         rows = {one.name: _two_folder_rows(one.name, one, one.parent) for one in folders}
         note = "folders for normal and anomalous files: normal ones are for training, anomalous ones for testing"
         if found := _without_split(folders[0].parent if folders else root, root.name, rows, categories, note):

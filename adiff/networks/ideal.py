@@ -191,7 +191,8 @@ class _Weighing(_Measured):
         points, memory = patch_rows(z, self.config.patch_size), self.memory[labels]
         prior = self.log_prior[labels][:, None]
         if self.config.position is not None:
-            cells = cell_places(z.shape[2], z.shape[3], z.device).expand(z.shape[0], -1, -1)  # len would fix a graph's batch
+            # not len(z), which would fix the number of images in an exported graph
+            cells = cell_places(z.shape[2], z.shape[3], z.device).expand(z.shape[0], -1, -1)
             prior = prior - squared_distances(cells, self.places[labels]) / (2 * self.config.position**2)
         if self.config.shrinkage is None:
             return posterior_mean(points, memory, prior, inverse_std)

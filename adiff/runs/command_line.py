@@ -323,7 +323,7 @@ def _demo_text(done, out_dir):
     for name, (metrics, _) in done.items():
         values = ("-" if metrics["mean"][key] is None else f"{100 * metrics['mean'][key]:.1f}" for key in names)
         lines.append(f"{name:14}" + "".join(f"{value:>10}" for value in values))
-    run, example = (("run", "demo/cup/test/hole") if "photographs" in done else ("run_sounds", "sounds/pump/test/knock"))
+    run, example = ("run", "demo/cup/test/hole") if "photographs" in done else ("run_sounds", "sounds/pump/test/knock")
     steps = [f"adiff detect {out_dir / run / 'model'} {out_dir / example} --out {out_dir / 'detections'}",
              "adiff fit deco FOLDER_OF_NORMAL_FILES --out runs/mine", "adiff --help"]
     pages = [f"look at: {page}" for _, page in done.values()]
@@ -340,10 +340,11 @@ def demo(audio, out_dir, seed, device):
     from adiff.data.demo_images import make_demo_data
     from adiff.data.demo_sounds import make_demo_sounds
 
-    out_dir, demos = Path(out_dir), {"sounds": (make_demo_sounds, "sounds", "run_sounds")}
-    if not audio:
-        demos = {"photographs": (make_demo_data, "demo", "run"), **demos}
-    done = {}
+    out_dir, done = Path(out_dir), {}
+    demos: dict[str, tuple] = {"photographs": (make_demo_data, "demo", "run"),
+                               "sounds": (make_demo_sounds, "sounds", "run_sounds")}
+    if audio:
+        del demos["photographs"]
     for name, (make, data, run) in demos.items():
         click.echo(f"{name}: making them in {out_dir / data}", err=True)
         done[name] = _shown(make(out_dir / data, seed=seed), out_dir / run, seed, device, name)
