@@ -477,7 +477,7 @@ def test_a_split_table_that_is_named_comes_before_every_reader(tmp_path):
 
 
 def test_readers_are_asked_in_order_before_plain_folders(tmp_path):
-    assert list(READERS)[:3] == ["visa", "mvtec", "urbansound8k"]
+    assert list(READERS)[:6] == ["visa", "mvtec", "esc50", "dcase", "mimii", "urbansound8k"]
     Image.new("L", (8, 8)).save(tmp_path / "a.png")
     READERS["mine"] = lambda root, categories: Dataset(
         root, "mine", pd.DataFrame([("a.png", "nut", "train", 0, "good", "")], columns=COLUMNS))
