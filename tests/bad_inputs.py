@@ -825,7 +825,7 @@ PARAMETERS = [
             "what a run draws would be trained on next time", "photos", "out_dir"),
     refused("the data is a root whose folders are no categories",
             parameter(root=lambda kit, folder: place(folder, "a/train/x.txt", b"").parent.parent.parent),
-            "no layout fits", "train"),
+            "no layout fits, and it holds nothing to read", "no image and no sound"),
 ]
 
 
