@@ -170,6 +170,7 @@ def test_a_wide_memory_of_a_gaussian_approaches_the_gaussian():
 
 def test_no_gradient_is_kept_and_folders_hold_everything(tmp_path):
     network, x = fitted(classes=2, shrinkage=0.2), latents(3, 5).requires_grad_()
+    assert all(one.isfinite().all() for one in IdealDenoiser(5).state_dict().values())  # others are refused when loaded
     answer = network(x, 4, labels(3, 2)).sample
     assert not answer.requires_grad and not list(network.parameters())
     network.save_pretrained(tmp_path)

@@ -111,6 +111,7 @@ class _Memory(PosteriorMean):
     "Normal patches of every class, and how far held-out ones are from them."
 
     candidates = 60_000  # patches of each class among which the memory is chosen
+    unused = -1e30  # log prior of a row without a patch; not infinity, which saved weights must not hold
 
     @property
     def classes(self):
@@ -149,7 +150,7 @@ class _Memory(PosteriorMean):
         "Fills the memory of a class."
         self.memory[label, :len(rows)] = rows[:, :-3].to(self.memory)
         self.places[label, :len(rows)] = rows[:, -3:-1].to(self.places)
-        self.log_prior[label] = float("-inf")
+        self.log_prior[label] = self.unused
         self.log_prior[label, :len(rows)] = 0.0
 
 # %% ../../nbs/networks/06_ideal.ipynb #3aa823de
@@ -266,7 +267,7 @@ class IdealDenoiser(_Weighing):
         size, classes = channels * patch_size**2, num_classes if per_class else 1
         self.register_buffer("memory", torch.zeros(classes, memory_size, size))
         self.register_buffer("places", torch.zeros(classes, memory_size, 2))
-        self.register_buffer("log_prior", torch.full((classes, memory_size), -math.inf))  # -inf: row not in use
+        self.register_buffer("log_prior", torch.full((classes, memory_size), self.unused))  # 0: row in use
         self.register_buffer("spread", torch.zeros(classes))  # mean distance of held-out patches
         self.register_buffer("axes", torch.eye(size))  # of the kernel
         self.register_buffer("variances", torch.ones(size))  # of the kernel along its axes, mean 1
