@@ -1545,6 +1545,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'adiff.runs.evaluate.write_arrays': ('runs/evaluate.html#write_arrays', 'adiff/runs/evaluate.py'),
                                      'adiff.runs.evaluate.write_maps': ('runs/evaluate.html#write_maps', 'adiff/runs/evaluate.py')},
             'adiff.runs.fit': { 'adiff.runs.fit._check_fit': ('runs/fit.html#_check_fit', 'adiff/runs/fit.py'),
+                                'adiff.runs.fit._check_names': ('runs/fit.html#_check_names', 'adiff/runs/fit.py'),
                                 'adiff.runs.fit._completed': ('runs/fit.html#_completed', 'adiff/runs/fit.py'),
                                 'adiff.runs.fit._fit_here': ('runs/fit.html#_fit_here', 'adiff/runs/fit.py'),
                                 'adiff.runs.fit._is_finished': ('runs/fit.html#_is_finished', 'adiff/runs/fit.py'),

@@ -34,13 +34,25 @@ from ..training.checkpoints import load_checkpoint
 from ..training.processes import count_processes, launched_processes, run_in_processes, worker_main
 from ..training.train import train, watched_normals
 
+# %% ../../nbs/runs/00_fit.ipynb #5a1ec7ed
+def _check_names(method: str, preset: str, overrides: dict | None, seed: int) -> None:
+    "Raises `InputError` before the data are read if images would refuse these names and values, and sounds as well."
+    refusals = []
+    for kind in METHODS[method].files if method in METHODS else ("image",):
+        try:
+            resolve_config(method, preset, overrides, seed, kind)
+        except InputError as error:
+            refusals.append(error)
+        else:
+            return
+    raise refusals[0]
+
 # %% ../../nbs/runs/00_fit.ipynb #b03a8522
 def describe_run(method: str, data_root: AnyPath, preset: str, categories: str | Sequence[str], seed: int,
                  overrides: dict | None, split_table: AnyPath | None, labels: dict | None = None,
                  ) -> tuple[dict[str, Any], DetectorConfig, Dataset]:
     "What makes a run the run it is (a dict), its full configuration, and its dataset. Raises `InputError`."
-    kind = METHODS[method].files[0] if method in METHODS else "image"
-    resolve_config(method, preset, overrides, seed, kind)  # report a misspelt name before the data are read
+    _check_names(method, preset, overrides, seed)
     root = Path(os.path.abspath(data_root))
     told = {name: patterns_below(root, given) for name, given in (labels or {}).items() if given}
     dataset = read_dataset(data_root, categories, split_table, **told)
