@@ -36,8 +36,8 @@ def kernel_trouble():
         python = KernelSpecManager().get_kernel_spec("python3").argv[0]
     except NoSuchKernel:
         return "no Jupyter kernel python3; python -m ipykernel install --sys-prefix"
-    if os.path.abspath(shutil.which(python) or python) == os.path.abspath(sys.executable):
-        return None
+    if python in ("python", "python3") or os.path.abspath(python) == os.path.abspath(sys.executable):
+        return None  # Jupyter starts its own Python for these names
     try:
         asked = subprocess.run([python, "-c", "import adiff, ipykernel"], capture_output=True, text=True, timeout=60,
                                check=False)
