@@ -71,6 +71,7 @@ def normal_maps(detector: AnomalyDetector, dataset: Dataset, rows: pd.DataFrame)
 
 # %% ../../nbs/training/05_held_out.ipynb #3a0fddda
 _enough = 20  # held-out files from which a threshold is taken from them alone
+_most = 200  # training files that are scored where there are fewer
 
 
 def learn(detector: AnomalyDetector, dataset: Dataset, remembered: pd.DataFrame, scaled: pd.DataFrame) -> None:
@@ -134,7 +135,9 @@ def learn_normals(detector: AnomalyDetector, dataset: Dataset) -> None:
     train, held_out = dataset.select("train"), dataset.select("validation")
     count = held_out.category.value_counts()
     few = [name for name in dataset.categories if count.get(name, 0) < _enough]
-    rows = pd.concat([held_out, train[train.category.isin(few)]], ignore_index=True)
+    more = train[train.category.isin(few)]
+    more = more.iloc[np.linspace(0, len(more) - 1, min(len(more), _most)).astype(int)]
+    rows = pd.concat([held_out, more], ignore_index=True)
     scaled = held_out if len(held_out) >= 5 else rows
     if held_out.empty:
         learn(detector, dataset, train, scaled)
