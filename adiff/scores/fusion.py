@@ -10,7 +10,6 @@ import inspect
 from typing import Annotated, Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from pydantic import Field
 
@@ -19,7 +18,7 @@ from ..codecs.features import FeatureCodec
 from ..core import InputError, unknown_name
 from ..networks.ideal import IdealDenoiser
 from .discrepancy import Discrepancy, cosine_discrepancy, resize_and_smooth
-from .semantic import cell_moments, multiscale_difference, pulled_moments
+from .semantic import multiscale_difference, normal_moments, standardized
 
 # %% ../../nbs/scores/10_fusion.ipynb #75a44855
 FusedLevel = Literal["pixel", "multiscale", "feature", "latent", "ideal"]
@@ -93,12 +92,9 @@ class _Learning(_Levels):
 
     def fit_normalization(self, maps):
         "Takes mean and standard deviation of every level from `maps`, `forward`'s answers for held-out normals."
-        terms = (torch.stack([torch.as_tensor(one[level]).cpu() for level in self.config.levels]) for one in maps)
-        count, local, power = cell_moments(terms, self.config.grid)
-        if count:
-            mean, std = pulled_moments(local, power, count, self.config.prior)
-            self.mean.copy_(mean)
-            self.std.copy_(std)
+        if moments := normal_moments(maps, self.config.levels, self.config.grid, self.config.prior):
+            self.mean.copy_(moments[0])
+            self.std.copy_(moments[1])
 
     def nearest_class(self, images):
         "The class (n,) of normals that pictures (n, channels, H, W) look most like, by the level ideal."
@@ -160,8 +156,7 @@ class FusionDiscrepancy(_Learning):
                 for level in self.config.levels}
         if not self.normalized:
             return {**maps, "anomaly": maps[self.config.levels[0]]}
-        mean, std = (F.interpolate(one[None], (size, size), mode="bilinear")[0] for one in (self.mean, self.std))
         weights = self.config.weights or [1.0] * len(maps)
-        anomaly = sum(weight * (one - m) / s for weight, one, m, s in zip(weights, maps.values(), mean, std))
-        return {**maps, "anomaly": anomaly}
+        terms = standardized(maps.values(), self.mean, self.std, size)
+        return {**maps, "anomaly": sum(weight * one for weight, one in zip(weights, terms))}
 
