@@ -34,6 +34,7 @@ from ..machine import use_machine
 from ..methods.registry import METHODS
 from .fit import clear_up
 from .run_figures import choose_examples, draw_figures, fixed_examples
+from ..scores.basic_metrics import metric_title
 from ..scores.calibration import map_scores
 from ..scores.metrics import harmonic_mean_metrics, image_metrics, mean_metrics, pixel_metrics
 from ..scores.pixel_counts import PixelCounts, counted_pro_curve, pixel_counts
@@ -349,13 +350,20 @@ def run_metrics(evaluation: Evaluation, record: dict[str, Any], log: pd.DataFram
     notes += [detector.codec.note] if detector.codec.note else []
     if len(dataset.categories) > 1 and (METHODS[record["method"]].conditional or detector.tells_classes):
         notes.append(_label_note)
+    untold = untold_metrics(evaluation.untold)
+    if untold:
+        found = untold["category_not_told"]["mean"]
+        told = ", ".join(f"{metric_title(name)} {100 * found[name]:.1f}" for name in ("image_auroc", "pixel_ap")
+                         if found[name] is not None)
+        notes.append(f"without the class label: {told}; {found['category_accuracy']:.1%} of the files are taken for "
+                     "their own category")
     notes += [f"{name}: {note}" for name, result in categories.items() for note in result.pop("notes")]
     return {
         "method": record["method"], "dataset": record["dataset"]["name"], "kind": dataset.kind,
         "preset": record["preset"], "seed": record["seed"], "categories": categories, **summary(categories, notes),
         "train_seconds": float(log.seconds.iloc[-1]), "seconds_per_image": evaluation.seconds / count,
         "network_calls": evaluation.calls / count, "peak_memory_mb": peak_memory_mb(detector.device),
-        "parameters": count_parameters(detector), "notes": notes, **untold_metrics(evaluation.untold),
+        "parameters": count_parameters(detector), "notes": notes, **untold,
     }
 
 # %% ../../nbs/runs/02_evaluate.ipynb #f4e58773

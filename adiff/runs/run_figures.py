@@ -202,11 +202,12 @@ def case_panel(detector: AnomalyDetector, dataset: Dataset, examples: Sequence[t
     pictures: list[Any] = [None] * len(examples)
     if out.reconstructions is not None:
         pictures = [processor.picture(torch.from_numpy(one).movedim(-1, 0) * 2 - 1) for one in out.reconstructions]
+    levels = out.discrepancies if len(out.discrepancies) > 1 else {}  # a single one is the anomaly map itself
     table = [{"title": f"{why}\n{row.defect}\nscore {row.score:.2f}", "image": processor.picture(inputs[i]),
-              "reconstruction": pictures[i], "discrepancies": {name: one[i] for name, one in out.discrepancies.items()},
+              "reconstruction": pictures[i], "discrepancies": {name: one[i] for name, one in levels.items()},
               "map": anomaly_map, "mask": mask} for i, (row, anomaly_map, mask, why) in enumerate(examples)]
     threshold = (detector.config.calibration or {}).get(category, {}).get("threshold", 0.0)
-    limit = detector.discrepancy.limit or 3 * max(threshold, 0.0) or None
+    limit = detector.discrepancy.limit or min(3 * max(threshold, 0.0), float(out.maps.max())) or None
     return panel(table, limit, processor.axes())
 
 # %% ../../nbs/runs/01_run_figures.ipynb #7d4141e9
