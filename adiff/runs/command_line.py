@@ -180,7 +180,7 @@ _seed = click.option("--seed", default=0, show_default=True, help="seed of weigh
 @click.argument("method", shell_complete=_completed(lambda: _methods))
 @click.argument("data", type=click.Path())
 @click.option("--out", "out_dir", type=click.Path(), help="run folder to write")
-@click.option("--preset", default="cpu", show_default=True, help="cpu, gpu, paper or instant",
+@click.option("--preset", default="cpu", show_default=True, help="instant, cpu, gpu or paper",
               shell_complete=_completed(lambda: _presets))
 @click.option("--categories", default="all", show_default=True, help="names separated by commas")
 @click.option("-o", "--override", "assignments", multiple=True, metavar="KEY=VALUE",

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
-from scipy import ndimage
+from skimage.measure import label, regionprops
 
 from ..core import (AnyPath, InputError, atomic_path, ensure_folder, progress, read_json, resolve_device,
                         unknown_name, write_json)
@@ -153,15 +153,11 @@ def find_regions(anomaly_map: np.ndarray, threshold: float) -> list[dict[str, An
     Each has its box (x, y, width, height), its area, the largest value as its score, and its centre (center_x,
     center_y), in pixels from the upper left corner.
     """
-    labels, count = ndimage.label(anomaly_map > threshold, np.ones((3, 3)))
     regions = []
-    for number, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
-        inside = labels[rows, columns] == number
-        y, x = np.nonzero(inside)
-        regions.append({"x": columns.start, "y": rows.start, "width": columns.stop - columns.start,
-                        "height": rows.stop - rows.start, "area": int(inside.sum()),
-                        "score": float(anomaly_map[rows, columns][inside].max()),
-                        "center_x": columns.start + float(x.mean()), "center_y": rows.start + float(y.mean())})
+    for one in regionprops(label(anomaly_map > threshold), anomaly_map):
+        (top, left, bottom, right), (y, x) = one.bbox, one.centroid
+        regions.append({"x": left, "y": top, "width": right - left, "height": bottom - top, "area": int(one.area),
+                        "score": float(one.intensity_max), "center_x": float(x), "center_y": float(y)})
     return sorted(regions, key=lambda region: -region["score"])
 
 # %% ../../nbs/runs/04_detect.ipynb #173538ef

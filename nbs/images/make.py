@@ -1,7 +1,9 @@
 """Makes the strip of pictures at the top of the README from two evaluated runs:
 
-    adiff demo --out runs/demo && adiff demo --audio --out runs/demo_audio
-    python nbs/images/make.py runs/demo/run cup missing_part runs/demo_audio/run_sounds pump rattle
+    adiff demo --out runs/demo
+    adiff fit deco runs/demo/demo --out runs/cup && adiff evaluate runs/cup
+    adiff fit adiff runs/demo/sounds --out runs/pump && adiff evaluate runs/pump
+    python nbs/images/make.py runs/cup cup missing_part runs/pump pump rattle
 
 Each example shows what the detector saw, what it thinks a normal one would look like, and its anomaly map.
 """
