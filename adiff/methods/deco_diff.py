@@ -49,7 +49,7 @@ DECO_DIFF_PRESETS = {
         "codec": {"kind": "taef2", "latent_scale": "measured"},
         "network": {"kind": "ideal", "patch_size": 3, "bandwidth": 0.3},
         "discrepancy": {"kind": "fusion", "levels": ["latent", "pixel", "ideal"], "weights": [1, 1, 2],
-                        "feature_codec": FEATURE_SPACE, "top_share": 0.01},
+                        "limited": True, "feature_codec": FEATURE_SPACE, "top_share": 0.01},
     },
     "cpu-taef2": {**_cpu, "codec": {"kind": "taef2", "latent_scale": "measured"}},
     "gpu": _gpu,

@@ -24,8 +24,8 @@ from .semantic import multiscale_difference, normal_moments, standardized
 FusedLevel = Literal["pixel", "multiscale", "feature", "latent", "ideal"]
 
 
-def check_levels(levels, weights):
-    "Raises `InputError` for a level that is not known or stands twice, and unless there is a weight for each."
+def check_levels(levels, weights, limited=False):
+    "Raises `InputError` for levels that are unknown, double or without a weight, and if there is none to limit them."
     for level in levels:
         if level not in get_args(FusedLevel):
             raise unknown_name("level", level, get_args(FusedLevel))
@@ -33,6 +33,8 @@ def check_levels(levels, weights):
         raise InputError(f"levels: {list(levels)} must name at least one, and none twice")
     if weights is not None and len(weights) != len(levels):
         raise InputError(f"weights: {len(weights)} for {len(levels)} levels; give one for each, or none")
+    if limited and "ideal" not in levels:
+        raise InputError("limited: the levels are limited by the level ideal; add it to levels")
 
 # %% ../../nbs/scores/10_fusion.ipynb #7d6f5db8
 def chosen_arguments(make, chosen, name):
@@ -114,6 +116,7 @@ class FusionDiscrepancy(_Learning):
         num_classes: int = 1,  # of the files
         levels: tuple[FusedLevel, ...] = ("latent",),  # the maps that are added
         weights: tuple[Annotated[float, Field(ge=0)], ...] | None = None,  # of the levels; null: all 1
+        limited: bool = False,  # whether a level counts at most as much as the level ideal at the same place
         sigma: Annotated[float, Field(ge=0)] = 4.0,  # smoothing of every map, in pixels of a map of 256
         grid: Annotated[int, Field(ge=1)] = 1,  # cells per side that are normalised separately; 1: the whole picture
         prior: Annotated[int, Field(ge=0)] = 4,  # normals that are supposed to have shown the average everywhere
@@ -123,7 +126,7 @@ class FusionDiscrepancy(_Learning):
         seed: int = 0,  # of the choice of patches
     ):
         super().__init__()
-        check_levels(levels, weights)
+        check_levels(levels, weights, limited)
         self.register_buffer("mean", torch.zeros(len(levels), grid, grid))
         self.register_buffer("std", torch.ones(len(levels), grid, grid))
         if "feature" in levels:
@@ -158,5 +161,7 @@ class FusionDiscrepancy(_Learning):
             return {**maps, "anomaly": maps[self.config.levels[0]]}
         weights = self.config.weights or [1.0] * len(maps)
         terms = standardized(maps.values(), self.mean, self.std, size)
+        if self.config.limited:
+            terms = [torch.minimum(one, terms[list(maps).index("ideal")]) for one in terms]
         return {**maps, "anomaly": sum(weight * one for weight, one in zip(weights, terms))}
 
