@@ -813,6 +813,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'adiff.figures.overlay': ('figures.html#overlay', 'adiff/figures.py'),
                                'adiff.figures.panel': ('figures.html#panel', 'adiff/figures.py'),
                                'adiff.figures.save_figure': ('figures.html#save_figure', 'adiff/figures.py'),
+                               'adiff.figures.sliders': ('figures.html#sliders', 'adiff/figures.py'),
                                'adiff.figures.sound_figure': ('figures.html#sound_figure', 'adiff/figures.py'),
                                'adiff.figures.use_style': ('figures.html#use_style', 'adiff/figures.py')},
             'adiff.lab.app': { 'adiff.lab.app.Answer': ('lab/app.html#answer', 'adiff/lab/app.py'),
