@@ -407,7 +407,7 @@ def _inputs(callbacks):
             category = gr.Dropdown(label="Category", elem_id="category", **callbacks.controls(0)[0])
         with gr.Column(scale=2, visible=bool(thumbnails)):
             gallery = gr.Gallery(thumbnails, label="Or choose a test file of the model's run", elem_id="examples",
-                                 columns=6, height=260, allow_preview=False, buttons=[], interactive=False)
+                                 columns=5, height=260, allow_preview=False, buttons=[], interactive=False)
     return path, file, gallery, model, category
 
 # %% ../../nbs/lab/09_app.ipynb #1b62b3f1
