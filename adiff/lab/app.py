@@ -486,7 +486,7 @@ def make_page(models):
 @contextmanager
 def serving(models, host="127.0.0.1", port=7860):
     "Serves the page for `PageModel`s while the body runs; gives its address. Raises `InputError` if that is taken."
-    fonts = dict(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     before = os.environ.get("GRADIO_TEMP_DIR")
     with TemporaryDirectory(prefix="adiff-app-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # uploads, and the pictures that are shown
@@ -495,7 +495,7 @@ def serving(models, host="127.0.0.1", port=7860):
             address = page.launch(
                 server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, share=False, ssr_mode=False,
                 max_file_size="50mb", state_session_capacity=20, footer_links=["settings"], run_history=False,
-                theme=gr.themes.Base(**fonts))[1]
+                theme=theme)[1]
             yield address.rstrip("/")
         except OSError as error:
             if "port" not in str(error):
