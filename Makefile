@@ -3,6 +3,7 @@
 # make check: everything: make test, then make slow: the other notebooks, every command, kill and bad input, the site, the wheel.
 # make docs: the notebooks and an API reference as a site, without network: _docs/html/index.html.
 # make faults: the long form of the fault suite: processes killed at random moments, and whether anything was lost.
+# make gpu: what one GPU does in ten minutes, as a table; make gpu CHECK=--rehearse: the same code on the CPU.
 # make lock: requirements-lock.txt, every version that constraints.txt allows with its hashes; make audit: known vulnerabilities, secrets.
 # All build .venv from nothing, with what they need and no more; Python 3.11 or newer and make are all they assume.
 
@@ -34,7 +35,7 @@ define install
 	@touch $@
 endef
 
-.PHONY: demo test slow check docs export faults lock audit clean
+.PHONY: demo test slow check docs export faults gpu lock audit clean
 
 demo: .venv/for_demo
 	$(BIN)/adiff demo --out runs/demo
@@ -55,6 +56,9 @@ export: .venv/for_test
 
 faults: .venv/installed
 	ADIFF_FAULTS=long $(BIN)/python -m pytest -s tests/test_faults.py
+
+gpu: .venv/for_demo
+	$(BIN)/python tests/gpu/check.py --out runs/gpu $(CHECK)
 
 lock: .venv/for_security
 	UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile --quiet --no-config --universal --generate-hashes --no-annotate --python-version 3.11 \
@@ -78,7 +82,7 @@ REQUIREMENTS := setup.py settings.ini pyproject.toml constraints.txt
 .venv/for_test: $(REQUIREMENTS) | .venv/pyvenv.cfg
 	$(install)
 
-.venv/installed: extras := [dev,lab]
+.venv/installed: extras := [dev,lab,app]
 .venv/installed: $(REQUIREMENTS) | .venv/pyvenv.cfg
 	$(install)
 

@@ -14,7 +14,7 @@ NOTEBOOKS = sorted(path.relative_to(REPOSITORY / "nbs").as_posix() for path in (
 SLOW = {f"{name}.ipynb" for name in """
     codecs/01_wavelets codecs/06_load data/10_demo_images data/11_demo_sounds detector/02_pipeline
     diffusion/01_masked lab/01_engines lab/02_tables lab/03_gallery lab/04_site lab/05_reproduce lab/06_export
-    lab/07_doctor lab/08_benchmark methods/01_deco_diff methods/02_adiff networks/02_attention
+    lab/07_doctor lab/08_benchmark lab/09_app methods/01_deco_diff methods/02_adiff networks/02_attention
     networks/03_autoencoders networks/04_fast_cpu runs/00_fit runs/01_run_figures runs/03_each_category
     scores/02_semantic scores/04_memories training/00_loop training/03_processes training/04_logs
     training/05_held_out training/06_train tutorials/00_architecture tutorials/01_photo_folder

@@ -17,8 +17,9 @@ from adiff.methods.registry import METHODS, resolve_config
 from adiff.runs.command_line import main
 
 PAGES = ["README.md", *(f"nbs/docs/{name}.md" for name in (
-    "own_files", "trouble", "deployment", "reproduce", "results", "sounds", "ablations", "speed", "glossary"))]
-ELSEWHERE = {"reproduce", "table", "benchmark", "convert-official"}  # carried out by tests of their own
+    "own_files", "trouble", "deployment", "reproduce", "results", "sounds", "ablations", "speed", "gpu", "app",
+    "glossary"))]
+ELSEWHERE = {"reproduce", "table", "benchmark", "convert-official", "app"}  # carried out by tests of their own
 
 
 def blocks(repository, language):

@@ -126,6 +126,7 @@ def _packages(out):
 _use_of_extra = {
     "lab": "adiff reproduce, table and benchmark do not work; fit, evaluate and detect do",
     "export": "adiff export cannot write ONNX files",
+    "app": "adiff app does not open, and figures of the tutorials have no sliders",
     "dev": "the notebooks cannot be edited, and the tests cannot run",
     "backbones": "the backbone dinov2 of semantic features cannot be used",
     "ray": "adiff reproduce cannot use the engine ray",

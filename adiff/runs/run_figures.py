@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['loss_curve', 'roc_curves', 'pro_curves', 'score_histogram', 'choose_examples', 'fixed_examples', 'load_windows',
-           'case_panel', 'correction_strip', 'draw_figures']
+           'case_panel', 'correction_film', 'correction_strip', 'draw_figures']
 
 # %% ../../nbs/runs/01_run_figures.ipynb #c05c8af8
 from collections.abc import Iterator, Sequence
@@ -212,16 +212,26 @@ def case_panel(detector: AnomalyDetector, dataset: Dataset, examples: Sequence[t
 
 # %% ../../nbs/runs/01_run_figures.ipynb #7d4141e9
 @torch.no_grad()
-def correction_strip(detector: AnomalyDetector, source: Any, category: str | None = None) -> Figure:
-    "The correction of one source as a figure: what each step leaves, and how far it has moved."
+def correction_film(detector: AnomalyDetector, source: Any, category: str | None = None) -> list[tuple]:
+    """The correction of one source, (title, picture, change) before it and after each step.
+
+    picture: uint8 (H, W, 3), None where the codec has no decoder; change: float32 (h, w), >= 0, the mean absolute
+    difference from the encoded source over the channels of a latent.
+    """
     inputs = detector.preprocess(source)[0][:1]
     z = detector.codec.encode(detector.resize(inputs.to(detector.device)))
     film = [("encoded", z)]
     labels = detector.class_labels(category, 1)
     detector.detect_batch(inputs, labels, lambda t, z: film.append((f"after t = {t}", z)))
-    pictures = [detector.processor.picture(detector.codec.decode(z)[0].cpu()) for _, z in film]
-    changes = [(now - film[0][1]).abs().mean(1)[0].cpu().numpy() for _, now in film]
-    return film_strip(pictures, [title for title, _ in film], changes)
+    show = detector.processor.picture if detector.codec.has_decoder else None
+    return [(title, show and show(detector.codec.decode(now)[0].cpu()),
+             (now - z).abs().mean(1)[0].float().cpu().numpy()) for title, now in film]
+
+
+def correction_strip(detector: AnomalyDetector, source: Any, category: str | None = None) -> Figure:
+    "The correction of one source as a figure: what each step leaves, and how far it has moved."
+    titles, pictures, changes = zip(*correction_film(detector, source, category))
+    return film_strip(pictures, titles, changes)
 
 # %% ../../nbs/runs/01_run_figures.ipynb #1f35f0d2
 def draw_figures(folder: Path, detector: AnomalyDetector, dataset: Dataset, log: pd.DataFrame, scores: pd.DataFrame,

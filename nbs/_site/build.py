@@ -19,7 +19,8 @@ NOTEBOOKS, REPOSITORY = HERE.parent, HERE.parent.parent
 PACKAGE = REPOSITORY / "adiff"
 sys.path.insert(0, str(REPOSITORY))
 
-GUIDES = ("own_files", "trouble", "deployment", "reproduce", "results", "sounds", "ablations", "speed", "glossary")
+GUIDES = ("own_files", "trouble", "deployment", "reproduce", "results", "sounds", "ablations", "speed", "gpu", "app",
+          "glossary")
 CHAPTERS = {"docs": "Guides", "tutorials": "Tutorials", "": "Core", "data": "Data", "codecs": "Codecs",
             "diffusion": "Diffusion",
             "networks": "Networks", "scores": "Scores", "detector": "Detector", "training": "Training",
