@@ -11,7 +11,8 @@ from typing import Any
 
 from ..core import InputError, unknown_name
 from ..extensions import Extensible
-from .adiff import ADIFF_PRESETS, ADIFF_SOUNDS, DDPM_PRESETS, SIMPLEX_PRESETS
+from .adiff import (ADIFF_PRESETS, ADIFF_SOUNDS, DDPM_PRESETS, INSTANT_CLIPS, INSTANT_PATCHES,
+                                 SIMPLEX_PRESETS)
 from .baselines import (AUTOENCODER_PRESETS, DENSE_AUTOENCODER_PRESETS, ISOLATION_FOREST_PRESETS,
                                      KNN_PRESETS, ONE_CLASS_SVM_PRESETS, PADIM_PRESETS)
 from .configuration import DetectorConfig, configure, merged
@@ -46,9 +47,11 @@ def trained(presets: dict[str, dict], changes: dict) -> dict[str, dict]:
     return {name: changes for name, preset in presets.items() if "training" in preset or name == "paper"}
 
 
+_deco_sounds = {**trained(DECO_DIFF_PRESETS, DECO_DIFF_SOUNDS), "instant": INSTANT_PATCHES}
+_adiff_sounds = {**trained(ADIFF_PRESETS, ADIFF_SOUNDS), "instant": INSTANT_CLIPS}
 METHODS = Extensible("method", {
-    "deco": Method(DECO_DIFF_PRESETS, trained(DECO_DIFF_PRESETS, DECO_DIFF_SOUNDS), conditional=True, divisible=True),
-    "adiff": Method(ADIFF_PRESETS, trained(ADIFF_PRESETS, ADIFF_SOUNDS), divisible=True),
+    "deco": Method(DECO_DIFF_PRESETS, _deco_sounds, conditional=True, divisible=True),
+    "adiff": Method(ADIFF_PRESETS, _adiff_sounds, divisible=True),
     "ddpm": Method(DDPM_PRESETS, _clips, divisible=True),
     "ddpm-simplex": Method(SIMPLEX_PRESETS, _clips, divisible=True),
     "autoencoder": Method(AUTOENCODER_PRESETS, divisible=True),

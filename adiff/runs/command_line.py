@@ -160,7 +160,7 @@ def _lab(module, extra="lab"):
 # %% ../../nbs/runs/06_command_line.ipynb #804ffcad
 _methods = ("adiff", "autoencoder", "ddpm", "ddpm-simplex", "deco", "dense-autoencoder", "isolation-forest", "knn",
             "one-class-svm", "padim")
-_presets = ("cpu", "cpu-taef2", "gpu", "instant", "instant-taef2", "paper")
+_presets = ("cpu", "cpu-taef2", "gpu", "instant", "instant-audioset", "instant-taef2", "paper")
 
 
 def _completed(names):

@@ -69,6 +69,7 @@ class Finding:
 
     def __init__(self, file: Path) -> None:
         self.file, self.scores = file, list[float]()
+        self.peaks: list[float] = []  # of each window, where its map is highest, from 0, its begin, to 1
         self.starts: Sequence[float] = ()
         self.label = 0  # the class that the highest window was compared with
         self.canvas: Canvas | None = None
@@ -88,6 +89,8 @@ class Finding:
         if window.score > max(self.scores, default=-np.inf):
             self.label = window.label
         self.scores.append(window.score)
+        columns = window.maps["anomaly"].amax(0)
+        self.peaks.append((int(columns.argmax()) + 0.5) / len(columns))
         self.canvas.add(window.start, window.input, window.maps["anomaly"])  # type: ignore[union-attr]
         return len(self.scores) == len(self.starts)
 
@@ -103,8 +106,8 @@ class Finding:
 
     def windows(self, seconds: float) -> list[dict]:
         "A row for each window of a sound, which lasts so many `seconds`."
-        return [{"path": self.row["path"], "start": start, "end": start + seconds, "score": score}
-                for start, score in zip(self.starts, self.scores)]
+        return [{"path": self.row["path"], "start": start, "end": start + seconds, "score": score,
+                 "peak": start + peak * seconds} for start, score, peak in zip(self.starts, self.scores, self.peaks)]
 
 # %% ../../nbs/runs/04_detect.ipynb #517b2077
 class FileStream:
@@ -273,9 +276,10 @@ def detect_files(model: AnyPath, paths: Iterable[AnyPath], out_dir: AnyPath, cat
     size), "maps" (32-bit TIFF), "masks" (PNG, 255 above the threshold), "regions" (regions.csv and regions.json).
 
     Sounds of any length are looked at in windows: the highest counts, the threshold is higher for longer ones, and
-    windows.csv has path, start, end (seconds) and score of each. In memory are the numbers of all files, but pictures
-    and maps of two batches at most. What an earlier detection wrote there, and this one does not, is removed. Raises
-    `InputError` before anything is written if no file can be read.
+    windows.csv has path, start, end (seconds), score and peak of each: the second in which its map is highest. A window
+    begins half a window after the one before, and the last ends at the end. In memory are the numbers of all files, but
+    pictures and maps of two batches at most. What an earlier detection wrote there, and this one does not, is removed.
+    Raises `InputError` before anything is written if no file can be read.
     """
     if batch_size < 1:
         raise InputError(f"batch_size: {batch_size}; give 1 or more")

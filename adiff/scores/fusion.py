@@ -18,10 +18,11 @@ from ..codecs.features import FeatureCodec
 from ..core import InputError, unknown_name
 from ..networks.ideal import IdealDenoiser
 from .discrepancy import Discrepancy, cosine_discrepancy, resize_and_smooth
+from .pooled import PooledStatisticsDiscrepancy
 from .semantic import multiscale_difference, normal_moments, standardized
 
 # %% ../../nbs/scores/10_fusion.ipynb #75a44855
-FusedLevel = Literal["pixel", "multiscale", "feature", "latent", "ideal"]
+FusedLevel = Literal["pixel", "multiscale", "feature", "latent", "ideal", "clip"]
 
 
 def check_levels(levels, weights, limited=False):
@@ -66,6 +67,8 @@ class _Levels(Discrepancy):
             return distance / self.ideal.spread[class_labels * (self.ideal.classes > 1)].view(-1, 1, 1)
         if level == "latent":
             return (corrected - z).norm(dim=1)
+        if level == "clip":
+            return self.pooled.score(z).view(-1, 1, 1)
         if reference is None:
             raise InputError(f"levels: {level} compares decoded images, and the codec has no decoder; use latent or "
                              "ideal")
@@ -83,6 +86,12 @@ class _Learning(_Levels):
     def normalized(self):  # type: ignore[override]
         "Whether the final map depends on `fit_normalization`."
         return len(self.config.levels) > 1
+
+    def fit(self, latents):
+        "Fits the level clip to an iterable of scaled latents (n, C, h, w) of training normals."
+        if "clip" in self.config.levels:
+            self.pooled.fit(latents)
+            self.register_to_config(count=self.pooled.config.count)
 
     def fit_images(self, images, held_out=()):
         """Fits the level ideal to iterables of inputs (n, channels, H, W) and class labels (n,) of training normals.
@@ -102,49 +111,9 @@ class _Learning(_Levels):
         "The class (n,) of normals that pictures (n, channels, H, W) look most like, by the level ideal."
         return self.ideal.nearest_class(self.codec.encode(images))
 
-# %% ../../nbs/scores/10_fusion.ipynb #fddcd109
-class FusionDiscrepancy(_Learning):
-    """A sum of maps of several levels, each in standard deviations of held-out normal pixels.
-
-    Use `pretrained`: the weights of frozen features are random until they are loaded. Raises `InputError` for unknown
-    levels and arguments.
-    """
-
-    @register_to_config
-    def __init__(
-        self,
-        num_classes: int = 1,  # of the files
-        levels: tuple[FusedLevel, ...] = ("latent",),  # the maps that are added
-        weights: tuple[Annotated[float, Field(ge=0)], ...] | None = None,  # of the levels; null: all 1
-        limited: bool = False,  # whether a level counts at most as much as the level ideal at the same place
-        sigma: Annotated[float, Field(ge=0)] = 4.0,  # smoothing of every map, in pixels of a map of 256
-        grid: Annotated[int, Field(ge=1)] = 1,  # cells per side that are normalised separately; 1: the whole picture
-        prior: Annotated[int, Field(ge=0)] = 4,  # normals that are supposed to have shown the average everywhere
-        scales: tuple[Annotated[int, Field(ge=1)], ...] = (1, 2, 4),  # block sizes of the level multiscale
-        feature_codec: dict[str, Any] | None = None,  # arguments of `FeatureCodec`, for the level ideal
-        ideal_denoiser: dict[str, Any] | None = None,  # arguments of `IdealDenoiser`, for the level ideal
-        seed: int = 0,  # of the choice of patches
-    ):
-        super().__init__()
-        check_levels(levels, weights, limited)
-        self.register_buffer("mean", torch.zeros(len(levels), grid, grid))
-        self.register_buffer("std", torch.ones(len(levels), grid, grid))
-        if "feature" in levels:
-            self.features: Any = FrozenFeatures()
-        if "ideal" in levels:
-            given = chosen_arguments(FeatureCodec.pretrained, feature_codec, "feature_codec")
-            self.codec = FeatureCodec(**given).eval()
-            given = chosen_arguments(IdealDenoiser, ideal_denoiser, "ideal_denoiser")
-            self.ideal = IdealDenoiser(self.codec.latent_channels, num_classes, prediction_type="sample", seed=seed,
-                                       **given)
-
-    @classmethod
-    def pretrained(cls, **config):
-        "As in `Discrepancy`."
-        discrepancy = super().pretrained(**config)
-        if discrepancy.sees_images:
-            discrepancy.codec.features.load_published()
-        return discrepancy
+# %% ../../nbs/scores/10_fusion.ipynb #fddcd108
+class _Summing(_Learning):
+    "The same, with their sum."
 
     def forward(self, z, corrected, reference, reconstruction, size, images=None, class_labels=None):
         """The maps as a dict, each (N, size, size), smoothed: one per level, and "anomaly".
@@ -165,3 +134,53 @@ class FusionDiscrepancy(_Learning):
             terms = [torch.minimum(one, terms[list(maps).index("ideal")]) for one in terms]
         return {**maps, "anomaly": sum(weight * one for weight, one in zip(weights, terms))}
 
+# %% ../../nbs/scores/10_fusion.ipynb #fddcd109
+class FusionDiscrepancy(_Summing):
+    """A sum of maps of several levels, each in standard deviations of held-out normal pixels.
+
+    Use `pretrained`: the weights of frozen features are random until they are loaded. Raises `InputError` for unknown
+    levels and arguments.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_classes: int = 1,  # of the files
+        levels: tuple[FusedLevel, ...] = ("latent",),  # the maps that are added
+        weights: tuple[Annotated[float, Field(ge=0)], ...] | None = None,  # of the levels; null: all 1
+        limited: bool = False,  # whether a level counts at most as much as the level ideal at the same place
+        sigma: Annotated[float, Field(ge=0)] = 4.0,  # smoothing of every map, in pixels of a map of 256
+        grid: Annotated[int, Field(ge=1)] = 1,  # cells per side that are normalised separately; 1: the whole picture
+        prior: Annotated[int, Field(ge=0)] = 4,  # normals that are supposed to have shown the average everywhere
+        scales: tuple[Annotated[int, Field(ge=1)], ...] = (1, 2, 4),  # block sizes of the level multiscale
+        feature_codec: dict[str, Any] | None = None,  # arguments of `FeatureCodec`, for the level ideal
+        ideal_denoiser: dict[str, Any] | None = None,  # arguments of `IdealDenoiser`, for the level ideal
+        channels: int = 1,  # of the latents
+        height: int = 1,  # of the latents
+        clip: dict[str, Any] | None = None,  # arguments of `PooledStatisticsDiscrepancy`, for the level clip
+        count: int = 0,  # training samples of the level clip; known after fit
+        seed: int = 0,  # of the choice of patches
+    ):
+        super().__init__()
+        check_levels(levels, weights, limited)
+        self.register_buffer("mean", torch.zeros(len(levels), grid, grid))
+        self.register_buffer("std", torch.ones(len(levels), grid, grid))
+        if "feature" in levels:
+            self.features: Any = FrozenFeatures()
+        if "ideal" in levels:
+            given = chosen_arguments(FeatureCodec.pretrained, feature_codec, "feature_codec")
+            self.codec = FeatureCodec(**given).eval()
+            given = chosen_arguments(IdealDenoiser, ideal_denoiser, "ideal_denoiser")
+            self.ideal = IdealDenoiser(self.codec.latent_channels, num_classes, prediction_type="sample", seed=seed,
+                                       **given)
+        if "clip" in levels:
+            given = chosen_arguments(PooledStatisticsDiscrepancy, clip, "clip")
+            self.pooled = PooledStatisticsDiscrepancy(channels, height, count=count, **given)
+
+    @classmethod
+    def pretrained(cls, **config):
+        "As in `Discrepancy`."
+        discrepancy = super().pretrained(**config)
+        if discrepancy.sees_images:
+            discrepancy.codec.features.load_published()
+        return discrepancy
