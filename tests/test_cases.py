@@ -425,6 +425,14 @@ def test_pictures_can_be_learned_in_four_orientations(tmp_path, one_thread):
     assert scores[True] < 1.3 < 2 < scores[False]
 
 
+def test_the_summary_says_how_small_is_too_small():
+    lines = FULL_FRAME.remains(256, {(3000, 2000): 2, None: 1})
+    assert "23 pixels of the original, 1/128 of its side" in lines[2] and "data.tile" in lines[3]
+    assert not any("data.tile" in line for line in FULL_FRAME.remains(256, {(600, 400): 1}))
+    lines = TiledProcessor("full_frame", 256, tile=512).remains(256, {(3000, 2000): 1})
+    assert "40 of them, and the whole; in a tile a defect narrower than about 4 pixels" in lines[-1]
+
+
 def test_tiles_of_a_crop_are_refused(tmp_path):
     result = CliRunner().invoke(main, ["fit", "knn", str(photos(tmp_path / "photos", range(3))), "--out",
                                        str(tmp_path / "run"), "-o", "data.tile=64", "-o", "data.protocol=official"])

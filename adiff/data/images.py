@@ -257,9 +257,10 @@ def look_at(name: str, resize: int, crop: int, image_size: int | None, sizes: Se
                      + f", made of {crop} x {crop}: no more detail is in them" * (image_size > crop))
         for width, height in [max(sizes)] if sizes else []:
             covered = [length * crop / resize / min(image_size, crop) for length in (width, height)]
+            narrow = 2 * max(covered)
             lines.append("of a picture of {} x {} a pixel of it covers {:.1f} x {:.1f}: a defect narrower than about "
-                         "{:.0f} pixels of the original cannot be seen".format(width, height, *covered,
-                                                                               2 * max(covered)))
+                         "{:.0f} pixels of the original, 1/{:.0f} of its side, cannot be seen".format(
+                             width, height, *covered, narrow, max(width, height) / narrow))
     return lines
 
 # %% ../../nbs/data/02_images.ipynb #af4279d7
@@ -351,10 +352,17 @@ class ImageProcessor(_Square):
 
     def remains(self, image_size: int | None, sizes: Mapping[Any, int]) -> list[str]:
         "What is looked at of pictures of these `sizes`, and how small a defect may be; see `Processor.remains`."
-        lines = look_at(self.name, self.resize, self.size, image_size, [size for size in sizes if size])
+        sizes = {size: count for size, count in sizes.items() if size}
+        lines = look_at(self.name, self.resize, self.size, image_size, list(sizes))
+        lines += self.closer(image_size, max(sizes)) if image_size and sizes else []
         if self.value_range is not None:
             lines.append("more than 8 bits: black is {:.4g}, white {:.4g}".format(*self.value_range))
         return lines
+
+    def closer(self, image_size: int, largest: tuple[int, int]) -> list[str]:
+        "Lines on seeing smaller defects in a picture of the size `largest` with a codec of `image_size`."
+        small = max(largest) > 4 * min(image_size, self.size)
+        return ["-o data.tile=SIDE looks closer, in tiles of SIDE x SIDE pixels, and takes longer"] * small
 
     def config(self) -> str | dict[str, Any]:
         return self.name if self.value_range is None else {**asdict(self), "value_range": list(self.value_range)}

@@ -8,7 +8,7 @@ __all__ = ['WHOLE', 'Box', 'tile_starts', 'tile_boxes', 'resized', 'Stitch', 'Ti
 # %% ../../nbs/data/13_tiles.ipynb #2f410e04
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from threading import Lock
@@ -193,13 +193,11 @@ class TiledProcessor(_Tiles):
         tiles = f"; tiles of {self.tile} pixels that overlap by {self.overlap:.0%}, and the whole" if self.tile else ""
         return super().describe() + tiles + "; normals are learned in four orientations" * self.rotate
 
-    def remains(self, image_size: int | None, sizes: Mapping[Any, int]) -> list[str]:
-        "What is looked at, as a whole and in tiles; see `Processor.remains`."
-        lines, largest = super().remains(image_size, sizes), max((size for size in sizes if size), default=None)
-        if self.tile and image_size and largest:
-            lines.append(f"tiles of {self.tile} x {self.tile} pixels: {len(self.boxes(largest))} of them, and the "
-                         "whole; in a tile a defect narrower than about "
-                         f"{2 * self.tile / min(image_size, self.size):.0f} pixels cannot be seen")
+    def closer(self, image_size: int, largest: tuple[int, int]) -> list[str]:
+        "Lines on the tiles of a picture of the size `largest`."
+        lines = [f"tiles of {self.tile} x {self.tile} pixels: {len(self.boxes(largest))} of them, and the whole; in a "
+                 "tile a defect narrower than about "
+                 f"{2 * self.tile / min(image_size, self.size):.0f} pixels cannot be seen"] if self.tile else []
         return lines + ["normal pictures are learned in four orientations"] * self.rotate
 
     def config(self) -> dict[str, Any]: return {**asdict(self), "value_range": self.value_range and [*self.value_range]}
