@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 from matplotlib.ticker import LogLocator, MaxNLocator
-from skimage.segmentation import find_boundaries
+from PIL import Image
 
 from .core import InputError, atomic_path
 
@@ -52,6 +52,16 @@ def _rgb(image):
         raise InputError(f"image: shape {image.shape}; give (H, W, 3) or (H, W), uint8 or float in 0..1")
     return image if image.dtype == np.uint8 else (255 * np.clip(image, 0, 1) + 0.5).astype(np.uint8)
 
+# %% ../nbs/03_figures.ipynb #52467799
+def _outline(inside):
+    "bool (H, W): the pixels of `inside`, bool (H, W), that touch one above, below, left or right that is not."
+    inner = inside.copy()
+    inner[1:] &= inside[:-1]
+    inner[:-1] &= inside[1:]
+    inner[:, 1:] &= inside[:, :-1]
+    inner[:, :-1] &= inside[:, 1:]
+    return inside & ~inner
+
 # %% ../nbs/03_figures.ipynb #04a6b873
 def overlay(image, anomaly_map, threshold=None, vmin=0.0, vmax=1.0):
     """`anomaly_map` as heat over `image`, and the outline of what is at or above `threshold`: uint8 (H, W, 3).
@@ -64,12 +74,13 @@ def overlay(image, anomaly_map, threshold=None, vmin=0.0, vmax=1.0):
         raise InputError(f"overlay: image {image.shape[:2]} and map {anomaly_map.shape} differ; resize the map first")
     if not vmax > vmin:
         raise InputError(f"overlay: vmax {vmax} is not above vmin {vmin}; widen the range")
-    heat = np.clip((anomaly_map - vmin) / (vmax - vmin), 0, 1)
-    opacity = 0.8 * heat[..., None]
-    blend = (1 - opacity) * image + opacity * 255 * matplotlib.colormaps[MAP_COLOURS](heat)[..., :3]
-    blend = (blend + 0.5).astype(np.uint8)
+    heat = Image.fromarray(np.uint8((255 / (vmax - vmin) * (anomaly_map - vmin)).clip(0, 255) + 0.5))
+    colours = heat.copy()
+    colours.putpalette(matplotlib.colormaps[MAP_COLOURS](np.arange(256), bytes=True)[:, :3].tobytes())
+    opacity = heat.point([round(0.8 * level) for level in range(256)])
+    blend = np.array(Image.composite(colours.convert("RGB"), Image.fromarray(image), opacity))
     if threshold is not None:
-        blend[find_boundaries(anomaly_map >= threshold, mode="inner")] = 0, 255, 255
+        blend[_outline(anomaly_map >= threshold)] = 0, 255, 255
     return blend
 
 # %% ../nbs/03_figures.ipynb #733a6f68

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pandas as pd
@@ -14,11 +15,12 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from adiff import AnomalyDetector, fit
+from adiff import AnomalyDetector, evaluate, fit
 from adiff.core import InputError
 from adiff.data.dataset import Dataset
 from adiff.data.images import FULL_FRAME, open_mask
 from adiff.data.reading import read_dataset
+from adiff.data.tiles import TiledProcessor
 from adiff.lab.engines import kernel_trouble
 from adiff.methods.configuration import DataConfig, make_processor
 from adiff.methods.official import read_official_checkpoint
@@ -265,8 +267,8 @@ CHEAP = {"knn": {"codec": {"kind": "wavelet", "levels": 2}, "data": {"image_size
          "one-class-svm": {}}
 
 
-def train(method, data, out):
-    return fit(method, data, out, overrides=CHEAP[method], device="cpu")
+def train(method, data, out, overrides=None):
+    return fit(method, data, out, overrides={**CHEAP.get(method, {}), **(overrides or {})}, device="cpu")
 
 
 def photos(folder, numbers, **options):
@@ -324,6 +326,127 @@ def test_long_recordings_have_the_threshold_of_their_length(tmp_path, one_thread
     assert found[long].anomalous.sum() <= 1 and found[~long].anomalous.sum() <= 1
     several = detector([str(tmp_path / "new/long0.wav"), str(tmp_path / "new/short0.wav")])
     assert several.thresholds[0] == pytest.approx(found[long].threshold.iloc[0])
+
+
+# ---- large pictures
+
+def sheet(seed, dot=False):
+    "A noisy sheet, 640 x 480, half of it empty; with a dot of 12 pixels around (420, 150) where neighbours overlap."
+    image = plate(seed, (640, 480))[0].copy()
+    image[240:] = 150
+    if dot:
+        image[144:156, 414:426] = 250
+    return image
+
+
+@pytest.fixture(scope="module")
+def tiled(tmp_path_factory, one_thread):
+    "A run with tiles, trained and evaluated on labelled sheets."
+    folder = tmp_path_factory.mktemp("tiled")
+    for number in range(7):
+        (path := folder / "sheets/one/train/good" / f"{number}.png").parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(sheet(number)).save(path)
+    for name, dot in (("good", False), ("dot", True)):
+        for number in range(3):
+            (path := folder / f"sheets/one/test/{name}/{number}.png").parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(sheet(20 + number, dot)).save(path)
+    (folder / "sheets/one/ground_truth/dot").mkdir(parents=True)
+    for number in range(3):
+        mask = Image.new("L", (640, 480))
+        mask.paste(255, (414, 144, 426, 156))
+        mask.save(folder / f"sheets/one/ground_truth/dot/{number}_mask.png")
+    train("knn", folder / "sheets", folder / "run", overrides={"data": {"tile": 320, "tile_overlap": 0.2}})
+    evaluate(folder / "run", device="cpu")
+    return folder
+
+
+def test_tiles_find_what_is_small(tiled, tmp_path):
+    "Fit, evaluate, detect and Python agree; maps are joined at the picture's own size; the verdict is per picture."
+    metrics = json.loads((tiled / "run/metrics.json").read_text())
+    assert metrics["mean"]["image_auroc"] == 1 and metrics["mean"]["aupro"] > 0.9
+    assert any("tiles of 320 pixels that overlap by 20%" in note for note in metrics["notes"])
+    scores = pd.read_csv(tiled / "run/scores.csv")
+    found = detect_files(tiled / "run/model", [tiled / "sheets/one/test"], tmp_path / "out", device="cpu", save=OUTPUTS)
+    assert np.allclose(found.score, scores.score, rtol=1e-4)
+    assert (found.anomalous == found.path.str.contains("dot/")).mean() >= 5 / 6
+    regions = pd.read_csv(tmp_path / "out/regions.csv")
+    first = regions[regions.path.str.contains("dot/0")].iloc[0]
+    assert abs(first.center_x - 420) < 15 and abs(first.center_y - 150) < 15
+    whole = np.asarray(Image.open(tmp_path / "out" / found["map"][0]))
+    assert whole.shape == (480, 640) and np.abs(np.diff(whole)).max() < 0.1 * whole.max()  # no seams
+    assert Image.open(tmp_path / "out" / found.overlay[0]).size == (640, 480)
+
+
+def test_tiles_are_the_same_in_every_form(tiled):
+    detector, path = AnomalyDetector.from_pretrained(tiled / "run/model"), tiled / "sheets/one/test/dot/0.png"
+    array = np.array(Image.open(path))
+    tensor = torch.from_numpy(array).movedim(-1, 0)
+    out = detector([str(path), Image.fromarray(array), array, path.read_bytes()])
+    assert out.maps.shape == (4, 256, 256) and len(set(out.scores)) == 1
+    for one in (tensor, tensor / 255, tensor / 127.5 - 1):
+        assert detector(one).scores[0] == pytest.approx(out.scores[0], rel=1e-5)
+    y, x = np.unravel_index(out.maps[0].argmax(), (256, 256))
+    assert abs(x - 420 * 0.4) < 8 and abs(y - 150 * 256 / 480) < 8
+
+
+def test_the_threshold_of_tiles_is_that_of_whole_pictures(tiled):
+    "Each normal picture counts once, with its highest tile: empty tiles do not lower the threshold."
+    detector = AnomalyDetector.from_pretrained(tiled / "run/model")
+    calibration = detector.config.calibration["one"]
+    assert calibration["n"] == len(calibration["scores"]) == 7
+    assert detector(sheet(30)).thresholds[0] == calibration["threshold"]
+
+
+def test_tiles_are_read_one_after_the_other(monkeypatch):
+    "However large the picture, no more inputs are in memory than a few batches."
+    processor = TiledProcessor("full_frame", 256, tile=256)
+    windows = processor.windows(Image.new("RGB", (3000, 2000)))
+    assert len(windows) == 1 + 16 * 11 and len(set(windows)) == len(windows)
+    inputs = processor.inputs(Image.new("RGB", (3000, 2000)))
+    monkeypatch.setattr(TiledProcessor, "part", lambda self, image, box: pytest.fail("read before it is asked for"))
+    assert iter(inputs) is inputs
+
+
+def test_pictures_can_be_learned_in_four_orientations(tmp_path, one_thread):
+    "A quarter turn of a normal picture is anomalous, unless the orientations are learned."
+    half = np.zeros((96, 96, 3), np.uint8)
+    half[:48] = 200
+    for number in range(6):
+        noise = np.random.default_rng(number).normal(20, 4, half.shape)
+        (path := tmp_path / "photos" / f"{number}.png").parent.mkdir(exist_ok=True)
+        Image.fromarray((half + noise).clip(0, 255).astype(np.uint8)).save(path)
+    turned = np.rot90(np.array(Image.open(path)))
+    scores = {}
+    for rotate in (False, True):
+        overrides = {"data": {"image_size": 32, "rotate": rotate}}
+        detector = train("knn", tmp_path / "photos", tmp_path / f"{rotate}", overrides)
+        out = detector([turned, np.array(Image.open(path))])
+        scores[rotate] = out.scores[0] / out.scores[1]
+    assert scores[True] < 1.3 < 2 < scores[False]
+
+
+def test_the_summary_says_how_small_is_too_small():
+    lines = FULL_FRAME.remains(256, {(3000, 2000): 2, None: 1})
+    assert "23 pixels of the original, 1/128 of its side" in lines[2] and "data.tile" in lines[3]
+    assert not any("data.tile" in line for line in FULL_FRAME.remains(256, {(600, 400): 1}))
+    lines = TiledProcessor("full_frame", 256, tile=512).remains(256, {(3000, 2000): 1})
+    assert "40 of them, and the whole; in a tile a defect narrower than about 4 pixels" in lines[-1]
+
+
+def test_tiles_of_a_crop_are_refused(tmp_path):
+    result = CliRunner().invoke(main, ["fit", "knn", str(photos(tmp_path / "photos", range(3))), "--out",
+                                       str(tmp_path / "run"), "-o", "data.tile=64", "-o", "data.protocol=official"])
+    assert result.exit_code == 2 and "use full_frame" in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_overlays_of_large_pictures_are_quick(tmp_path):
+    "3000 x 2000 in half a second of one core; here with a margin for machines that are busy."
+    canvas = FULL_FRAME.canvas(np.random.default_rng(0).integers(90, 110, (2000, 3000, 3), np.uint8), [0.0])
+    canvas.add(0.0, canvas.load(0.0), torch.rand(256, 256, generator=torch.Generator().manual_seed(0)))
+    began = time.process_time()
+    canvas.draw(tmp_path / "overlay.png", threshold=0.9)
+    assert time.process_time() - began < 1.5
+    assert Image.open(tmp_path / "overlay.png").size == (3000, 2000)
 
 
 # ---- what detection gives

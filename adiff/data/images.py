@@ -16,13 +16,13 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.Image import DecompressionBombError
-from torch.nn import functional
 
 from ..core import AnyPath, InputError
 from .files import file_size
@@ -210,40 +210,41 @@ def place_map(
     crop: int,               # side of the central square that was judged
 ) -> np.ndarray:             # float32 (height, width)
     "Lays a map over the original image (bilinear). Zero outside the crop, where nothing was judged."
-    def coordinates(length: int) -> torch.Tensor:
-        position = (torch.arange(length, dtype=torch.double) + 0.5) * resize / length
-        return 2 * (position - (resize - crop) // 2) / crop - 1  # -1 and 1 are the edges of the crop
+    def shares(length: int) -> torch.Tensor:  # (length, crop): what a pixel of the original takes from each of the map
+        at = (torch.arange(length, dtype=torch.double) + 0.5) * resize / length - (resize - crop) // 2
+        inside = (at >= 0) & (at <= crop)
+        away = ((at - 0.5).clamp(0, crop - 1)[:, None] - torch.arange(crop)).abs()
+        return ((1 - away).clamp(min=0) * inside[:, None]).float()
 
-    x, y = map(coordinates, size)
-    grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)[None]
-    values = torch.as_tensor(anomaly_map).detach().cpu().double()[None, None]
-    placed = functional.grid_sample(values, grid, padding_mode="border", align_corners=False)[0, 0]
-    inside = (x.abs() <= 1) & (y.abs() <= 1)[:, None]
-    return (placed * inside).float().numpy()
+    values = torch.as_tensor(anomaly_map).detach().cpu().float()
+    return (shares(size[1]) @ values @ shares(size[0]).T).numpy()
 
 # %% ../../nbs/data/02_images.ipynb #5b1f00d3
 class ImageCanvas(Canvas):
     "Lays the anomaly map of an image over it, at the image's own size. What the crop left out stays as it is."
 
-    def load(self, start: float) -> torch.Tensor:
-        "The input (3, size, size). The image is read once, for the detector and for `draw`."
-        self.source = self.processor.read(self.source)
-        return super().load(start)
+    @cached_property
+    def image(self) -> Image.Image:
+        "The RGB image, read once for the detector and for `draw`. Raises `InputError`."
+        return self.processor.read(self.source)
 
-    def add(self, start: float, tensor: torch.Tensor, anomaly_map: torch.Tensor) -> None:
+    def load(self, start: Any) -> torch.Tensor:
+        "The input (3, size, size) of the window at `start`."
+        return self.processor.part(self.image, start)
+
+    def add(self, start: Any, tensor: torch.Tensor, anomaly_map: torch.Tensor) -> None:
         "Keeps the map (size, size)."
         self.map = anomaly_map
 
     def whole_map(self) -> np.ndarray:
         "The map over the original pixels (height, width), 0 where nothing was judged."
-        self.source = self.processor.read(self.source)
-        return self.processor.place(self.map, self.source.size)
+        return self.processor.place(self.map, self.image.size)
 
     def draw(self, path: AnyPath, threshold: float | None = None, limit: float | None = None) -> None:
-        "Writes the overlay to `path`."
-        image = np.asarray(self.processor.read(self.source))
-        placed = self.processor.place(self.map, image.shape[1::-1])
-        Image.fromarray(overlay(image, placed, threshold, *colour_range(self.map, threshold, limit))).save(path)
+        "Writes the overlay to `path`, compressed lightly: a large picture takes less than half a second."
+        colours = colour_range(self.map, threshold, limit)
+        drawn = overlay(np.asarray(self.image), self.whole_map(), threshold, *colours)
+        Image.fromarray(drawn).save(path, compress_level=1, compress_type=zlib.Z_RLE)
 
 # %% ../../nbs/data/02_images.ipynb #b6acc21a
 def look_at(name: str, resize: int, crop: int, image_size: int | None, sizes: Sequence[tuple[int, int]]) -> list[str]:
@@ -256,9 +257,10 @@ def look_at(name: str, resize: int, crop: int, image_size: int | None, sizes: Se
                      + f", made of {crop} x {crop}: no more detail is in them" * (image_size > crop))
         for width, height in [max(sizes)] if sizes else []:
             covered = [length * crop / resize / min(image_size, crop) for length in (width, height)]
+            narrow = 2 * max(covered)
             lines.append("of a picture of {} x {} a pixel of it covers {:.1f} x {:.1f}: a defect narrower than about "
-                         "{:.0f} pixels of the original cannot be seen".format(width, height, *covered,
-                                                                               2 * max(covered)))
+                         "{:.0f} pixels of the original, 1/{:.0f} of its side, cannot be seen".format(
+                             width, height, *covered, narrow, max(width, height) / narrow))
     return lines
 
 # %% ../../nbs/data/02_images.ipynb #af4279d7
@@ -313,28 +315,36 @@ class ImageProcessor(_Square):
     The aspect ratio is ignored. `value_range`: see `read_image`. Raises `InputError` unless 1 <= crop <= resize.
     """
 
-    def windows(self, source: Any) -> list[float]: return [0.0]
+    def windows(self, source: Any) -> list[Any]: return [0.0]
 
     def read(self, source: Any) -> Image.Image:
         "`read_image`, in this range."
         return read_image(source) if self.value_range is None else read_image(source, self.value_range)
 
-    def load(self, source: Any, window: float = 0.0) -> torch.Tensor: return to_tensor(self.image(self.read(source)))
+    def part(self, image: Image.Image, window: Any = 0.0) -> torch.Tensor:
+        "The input (3, size, size) of a `window` of an RGB image."
+        return to_tensor(self.image(image))
 
-    def check(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The input from a tensor (3, H, W): whole numbers are 0..255; others -1..1 if one is negative, 0..1 if none is
-        above 1, and 0..255 if one is above 2. Raises `InputError` for what does not fit."""
+    def load(self, source: Any, window: Any = 0.0) -> torch.Tensor: return self.part(self.read(source), window)
+
+    def signed(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor in -1..1 from one (3, H, W) of whole numbers, 0..255, or of others: -1..1 if one is negative, 0..1
+        if none is above 1, and 0..255 if one is above 2. What fits none of these stays as it is."""
         if tensor.numel() and tensor.isfinite().all():
             low, high = float(tensor.min()), float(tensor.max())
             if low >= 0 and high <= 255 and (not tensor.is_floating_point() or high > 2):
-                tensor = tensor / 127.5 - 1
-            elif low >= 0 and high <= 1:
-                tensor = 2 * tensor - 1
-        return super().check(tensor)
+                return tensor / 127.5 - 1
+            if low >= 0 and high <= 1:
+                return 2 * tensor - 1
+        return tensor
+
+    def check(self, tensor: torch.Tensor) -> torch.Tensor:
+        "The input from a tensor (3, H, W), whose values `signed` explains. Raises `InputError` for what does not fit."
+        return super().check(self.signed(tensor))
 
     def picture(self, tensor: torch.Tensor) -> np.ndarray: return to_array(tensor)
 
-    def canvas(self, source: Any, starts: Sequence[float]) -> ImageCanvas: return ImageCanvas(self, source, starts)
+    def canvas(self, source: Any, starts: Sequence[Any]) -> ImageCanvas: return ImageCanvas(self, source, starts)
 
     def describe(self) -> str:
         known = "" if self.value_range is None else "; values from {:.4g} to {:.4g}".format(*self.value_range)
@@ -342,10 +352,17 @@ class ImageProcessor(_Square):
 
     def remains(self, image_size: int | None, sizes: Mapping[Any, int]) -> list[str]:
         "What is looked at of pictures of these `sizes`, and how small a defect may be; see `Processor.remains`."
-        lines = look_at(self.name, self.resize, self.size, image_size, [size for size in sizes if size])
+        sizes = {size: count for size, count in sizes.items() if size}
+        lines = look_at(self.name, self.resize, self.size, image_size, list(sizes))
+        lines += self.closer(image_size, max(sizes)) if image_size and sizes else []
         if self.value_range is not None:
             lines.append("more than 8 bits: black is {:.4g}, white {:.4g}".format(*self.value_range))
         return lines
+
+    def closer(self, image_size: int, largest: tuple[int, int]) -> list[str]:
+        "Lines on seeing smaller defects in a picture of the size `largest` with a codec of `image_size`."
+        small = max(largest) > 4 * min(image_size, self.size)
+        return ["-o data.tile=SIDE looks closer, in tiles of SIDE x SIDE pixels, and takes longer"] * small
 
     def config(self) -> str | dict[str, Any]:
         return self.name if self.value_range is None else {**asdict(self), "value_range": list(self.value_range)}

@@ -67,12 +67,14 @@ def stacked(inputs: Sequence[torch.Tensor]) -> torch.Tensor:
 class ProcessedFiles(torch.utils.data.Dataset):
     """The inputs of some `rows` of `dataset`, each float32 (channels, size, size), read when asked for.
 
-    `row` (len(self),) int64 is the position in `rows` that each comes from.
+    `row` (len(self),) int64 is the position in `rows` that each comes from. learning: whether a detector learns from
+    them, which is when pictures may be turned.
     """
 
-    def __init__(self, dataset: Dataset, rows: pd.DataFrame, processor: Processor) -> None:
+    def __init__(self, dataset: Dataset, rows: pd.DataFrame, processor: Processor, learning: bool = False) -> None:
         self.paths, self.processor = [os.path.join(dataset.root, path) for path in rows.path], processor
-        self.parts = [(index, window) for index, path in enumerate(self.paths) for window in processor.windows(path)]
+        windows = processor.windows_to_learn if learning else processor.windows
+        self.parts = [(index, window) for index, path in enumerate(self.paths) for window in windows(path)]
         self.row = torch.tensor([index for index, _ in self.parts], dtype=torch.int64)
 
     def __len__(self) -> int:

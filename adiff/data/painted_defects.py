@@ -52,6 +52,7 @@ def paint_defects(
     out: AnyPath,                             # the folder to make
     categories: str | Sequence[str] = "all",
     protocol: str = "official",               # which part of the images is used
+    size: int = 256,                          # side of the images that are written, at least 128
 ) -> Path:
     """Writes the normal training images of `data_root` as a dataset `out` (MVTec AD layout); returns its Path.
 
@@ -59,7 +60,7 @@ def paint_defects(
     test image of `data_root` is read. The same arguments give the same bytes. Raises `InputError` for sounds, if
     nothing is held out, or if `out` exists.
     """
-    dataset, processor = read_dataset(data_root, categories), PROTOCOLS[protocol]
+    dataset, processor = read_dataset(data_root, categories), PROTOCOLS[protocol].at(size)
     held_out = dataset.select("validation")
     if dataset.kind != "image" or held_out.empty:
         raise InputError(f"{data_root}: defects are painted on held-out normal images; "

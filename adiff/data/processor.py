@@ -8,7 +8,7 @@ __all__ = ['Canvas', 'colour_range', 'Inputs', 'Processor']
 # %% ../../nbs/data/01_processor.ipynb #5f83a9f3
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,20 +20,20 @@ from ..core import AnyPath, InputError
 
 # %% ../../nbs/data/01_processor.ipynb #126a1119
 class Canvas(ABC):
-    """Collects the anomaly maps of the windows of one `source`, which begin at `starts`, and draws them over the whole.
+    """Collects the anomaly maps of the windows of one `source`, which are at `starts`, and draws them over the whole.
 
     `Processor.canvas` makes it.
     """
 
-    def __init__(self, processor: Any, source: Any, starts: Sequence[float]) -> None:
+    def __init__(self, processor: Any, source: Any, starts: Sequence[Any]) -> None:
         self.processor, self.source, self.starts = processor, source, starts
 
-    def load(self, start: float) -> torch.Tensor:
+    def load(self, start: Any) -> torch.Tensor:
         "The input (channels, size, size) of the window at `start`. Raises `InputError`."
         return self.processor.load(self.source, start)
 
     @abstractmethod
-    def add(self, start: float, tensor: torch.Tensor, anomaly_map: torch.Tensor) -> None:
+    def add(self, start: Any, tensor: torch.Tensor, anomaly_map: torch.Tensor) -> None:
         "Keeps what was found in the window at `start`: its input (channels, size, size) and its map (size, size)."
 
     map: Any  # of the whole, float32, set by `add`
@@ -100,8 +100,8 @@ class Inputs(ABC):
         return resized[0]
 
 # %% ../../nbs/data/01_processor.ipynb #cc1adb1c
-class Processor(Inputs):
-    "Turns sources into inputs, and draws anomaly maps over sources."
+class _Windows(Inputs):
+    "Turns sources into the inputs of their windows."
 
     @property
     def seconds(self) -> float | None:
@@ -109,20 +109,38 @@ class Processor(Inputs):
         return None
 
     @abstractmethod
-    def windows(self, source: Any) -> list[float]:
-        "Where the windows of a source begin; an image has one, at 0. Raises `InputError`."
+    def windows(self, source: Any) -> list[Any]:
+        """Where the windows of a source are. Raises `InputError`.
+
+        Of a sound the seconds at which they begin; an image has one, at 0, or a `Box` for each tile.
+        """
+
+    def windows_to_learn(self, source: Any) -> list[Any]:
+        "The windows of a normal source from which a detector learns."
+        return self.windows(source)
 
     @abstractmethod
-    def load(self, source: Any, window: float = 0.0) -> torch.Tensor:
-        "The input (channels, size, size) of the window that begins at `window`. Raises `InputError`."
+    def load(self, source: Any, window: Any = 0.0) -> torch.Tensor:
+        "The input (channels, size, size) of the window at `window`. Raises `InputError`."
+
+    def inputs(self, source: Any) -> Iterator[tuple[Any, torch.Tensor]]:
+        "Every window of a source, or of a tensor (channels, H, W), and its input. Raises `InputError`."
+        if isinstance(source, torch.Tensor):
+            yield 0.0, self.check(source)
+        else:
+            yield from ((window, self.load(source, window)) for window in self.windows(source))
+
+# %% ../../nbs/data/01_processor.ipynb #cc1adb1d
+class Processor(_Windows):
+    "Turns sources into inputs, and draws anomaly maps over sources."
 
     @abstractmethod
     def picture(self, tensor: torch.Tensor) -> np.ndarray:
         "uint8 (H, W, 3) to look at, from an input or a reconstruction (channels, H, W)."
 
     @abstractmethod
-    def canvas(self, source: Any, starts: Sequence[float]) -> Canvas:
-        "The `Canvas` of a source whose windows begin at `starts`."
+    def canvas(self, source: Any, starts: Sequence[Any]) -> Canvas:
+        "The `Canvas` of a source whose windows are at `starts`."
 
     @abstractmethod
     def describe(self) -> str:

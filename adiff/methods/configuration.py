@@ -27,6 +27,7 @@ from ..data.images import PROTOCOLS, measure_range
 from ..data.loading import fixed_subset
 from ..data.processor import Processor
 from ..data.sounds import LogMel, Mix
+from ..data.tiles import TiledProcessor
 from ..detector.pipeline import AnomalyDetector
 from ..diffusion.registry import CORRECTIONS, FORWARD_PROCESSES
 from ..extensions import Extensible
@@ -85,6 +86,11 @@ class DataConfig(BaseModel):
         None, ge=16, le=4096, description="side of the square images the codec sees; null: what suits the codec")
     protocol: Literal["official", "full_frame"] | None = Field(
         None, description="of images; null: official for benchmarks, full_frame for own folders")
+    tile: int | None = Field(
+        None, ge=32, le=4096, description="of images: side in pixels of tiles, which are looked at one by one "
+        "beside the whole; null: the whole alone")
+    tile_overlap: float = Field(0.25, ge=0, le=0.75, description="share of a tile that overlaps with the next")
+    rotate: bool = Field(False, description="of images: learn each normal one in four orientations")
     sample_rate: int = Field(LogMel.sample_rate, ge=1000, le=10**7, description="of sounds, in Hz")
     seconds: float = Field(LogMel.seconds, gt=0, description="length of the windows that sounds are looked at in")
     mel_bands: int = Field(LogMel.size, ge=16, le=4096, description="of sounds; a window has as many time steps")
@@ -248,8 +254,11 @@ def make_processor(data: DataConfig, dataset: Dataset, measured: bool = True) ->
     "The processor for the files of a `dataset`; if they are sounds, `measured` on training sounds, at most 1000."
     if dataset.kind == "image":
         known = measure_range([dataset.root / path for path in dataset.select("train").path])
-        name = data.protocol or ("official" if dataset.benchmark else "full_frame")
-        return replace(PROTOCOLS[name], value_range=known)
+        name = data.protocol or ("official" if dataset.benchmark and not data.tile else "full_frame")
+        chosen = replace(PROTOCOLS[name], value_range=known)
+        if not (data.tile or data.rotate):
+            return chosen
+        return TiledProcessor(**vars(chosen), tile=data.tile, overlap=data.tile_overlap, rotate=data.rotate)
     if data.front_end == "audioset":
         return _audioset_picture(data)
     processor = LogMel(data.sample_rate, data.seconds, data.mel_bands, data.n_fft, mix=data.mix)

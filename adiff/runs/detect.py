@@ -28,7 +28,7 @@ from ..data.processor import Canvas
 from ..data.reading import read_dataset
 from ..detector.pipeline import AnomalyDetector, Detected
 from ..machine import use_machine
-from ..scores.calibration import check_rate, threshold_for
+from ..scores.calibration import check_rate, map_scores, threshold_for
 from ..training.held_out import window_scores
 
 # %% ../../nbs/runs/04_detect.ipynb #0bd57d49
@@ -95,8 +95,11 @@ class Finding:
         return len(self.scores) == len(self.starts)
 
     def conclude(self, detector: AnomalyDetector, choice: Choice) -> None:
-        "Score and decision, when the last window is done: the highest counts."
+        "Score and decision, when the last window is done: the highest counts, of a picture its (joined) map."
         best, category = np.max(self.scores, keepdims=True), detector.config.categories[self.label]
+        if detector.processor.seconds is None:
+            whole = torch.as_tensor(self.canvas.map)  # type: ignore[union-attr]
+            best = map_scores(whole[None], detector.config.top_share).numpy()
         self.row["score"] = float(best[0])
         if calibrated := detector.calibrated(best, [category], [len(self.scores)], *choice):
             normalized = float(calibrated["normalized_scores"][0])

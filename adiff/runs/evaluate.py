@@ -122,7 +122,8 @@ def store_maps(folder: Path, detector: AnomalyDetector, dataset: Dataset, rows: 
                            for number, name in enumerate(batch)}
         for name, level in batch.items():
             stored.maps[name].append(level.numpy())
-            stored.scores.setdefault(name, []).extend(map_scores(level, detector.config.top_share).tolist())
+            score = one.score if level is final else map_scores(level, detector.config.top_share).item()
+            stored.scores.setdefault(name, []).append(score)  # that of tiles is of finer maps
         stored.windows.append(one.start)
         stored.labels.append(one.label)
         stored.seconds += one.seconds

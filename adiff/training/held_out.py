@@ -31,7 +31,7 @@ def normal_images(detector: AnomalyDetector, dataset: Dataset,
 
     No file is read before the first batch is asked for.
     """
-    files = ProcessedFiles(dataset, rows, detector.processor)
+    files = ProcessedFiles(dataset, rows, detector.processor, learning=True)
     labels = detector.class_labels(list(rows["category"]), len(rows))
     total = -(-len(files) // 16)
     for indices, inputs in progress(files.batches(16), desc="learning normals", total=total, delay=2):
@@ -53,7 +53,12 @@ def normal_scores(detector: AnomalyDetector, dataset: Dataset, rows: pd.DataFram
 
 
 def window_scores(detector: AnomalyDetector, dataset: Dataset, rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    "Scores (m,) float32 of all windows of the files in `rows`, and the position (m,) in `rows` of the file of each."
+    """Scores (m,) float32 of all windows of the files in `rows`, and the position (m,) in `rows` of the file of each.
+
+    A picture has one score, also in tiles: those without the object are no burden to the threshold.
+    """
+    if detector.processor.seconds is None:
+        return normal_scores(detector, dataset, rows), np.arange(len(rows))
     files = ProcessedFiles(dataset, rows, detector.processor)
     labels = detector.class_labels(list(rows["category"]), len(rows))
     bar = progress(detector.detect_windows(file_batches(files), labels), desc="scoring normals",

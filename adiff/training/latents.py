@@ -153,7 +153,7 @@ class _Versions:
     def __init__(self, detector: AnomalyDetector, dataset: Dataset, rows: pd.DataFrame, augmentations: Iterable[str],
                  watched: WatchedFiles | None) -> None:
         self.detector, self.augmentations, self.watched = detector, tuple(augmentations), watched
-        self.files = ProcessedFiles(dataset, rows, detector.processor)
+        self.files = ProcessedFiles(dataset, rows, detector.processor, learning=True)
 
     def __len__(self) -> int:
         return len(self.files)
