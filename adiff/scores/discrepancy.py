@@ -81,6 +81,11 @@ class Discrepancy(ModelMixin, ConfigMixin):
         "Whether `forward` looks at `reference` and `reconstruction`."
         return True
 
+    @property
+    def learns(self):
+        "Whether `fit` learns anything."
+        return type(self).fit is not Discrepancy.fit
+
     def forward(self, z, corrected, reference, reconstruction, size):
         """All maps as a dict, name -> float32 (N, size, size), larger = more anomalous; "anomaly" is the final one.
 

@@ -87,6 +87,11 @@ class _Learning(_Levels):
         "Whether the final map depends on `fit_normalization`."
         return len(self.config.levels) > 1
 
+    @property
+    def learns(self):  # type: ignore[override]
+        "Whether a level learns from latents."
+        return "clip" in self.config.levels
+
     def fit(self, latents):
         "Fits the level clip to an iterable of scaled latents (n, C, h, w) of training normals."
         if "clip" in self.config.levels:

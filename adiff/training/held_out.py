@@ -19,7 +19,6 @@ from ..core import progress
 from ..data.dataset import Dataset
 from ..data.loading import ProcessedFiles
 from ..detector.pipeline import AnomalyDetector, file_batches, stream_rows
-from ..scores.discrepancy import Discrepancy
 
 _log = logging.getLogger("adiff.training.held_out")
 
@@ -109,8 +108,7 @@ def is_trained(detector: AnomalyDetector) -> bool:
 
 def learns_from_training(detector: AnomalyDetector) -> bool:
     "Whether a part fits something on training normals without a gradient."
-    return (hasattr(detector.network, "fit") or detector.discrepancy.sees_images
-            or type(detector.discrepancy).fit is not Discrepancy.fit)
+    return hasattr(detector.network, "fit") or detector.discrepancy.sees_images or detector.discrepancy.learns
 
 # %% ../../nbs/training/05_held_out.ipynb #dc43b61c
 def held_out_scores(detector: AnomalyDetector, dataset: Dataset, rows: pd.DataFrame,
