@@ -250,7 +250,7 @@ def write_maps(folder: AnyPath, rows: pd.DataFrame, maps: Iterable[np.ndarray]) 
     "Writes each map as it is, a TIFF of 32-bit floats, under `folder`, named after its file."
     for row, one in zip(rows.itertuples(), maps):
         with atomic_path(Path(folder) / Path(row.path).with_suffix(".tiff")) as path:
-            Image.fromarray(np.float32(one)).save(path)
+            Image.fromarray(np.asarray(one, np.float32)).save(path)
 
 # %% ../../nbs/runs/02_evaluate.ipynb #71b89e34
 class _Measured:
