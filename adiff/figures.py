@@ -74,7 +74,7 @@ def overlay(image, anomaly_map, threshold=None, vmin=0.0, vmax=1.0):
         raise InputError(f"overlay: image {image.shape[:2]} and map {anomaly_map.shape} differ; resize the map first")
     if not vmax > vmin:
         raise InputError(f"overlay: vmax {vmax} is not above vmin {vmin}; widen the range")
-    heat = Image.fromarray(np.uint8((255 / (vmax - vmin) * (anomaly_map - vmin)).clip(0, 255) + 0.5))
+    heat = Image.fromarray(((255 / (vmax - vmin) * (anomaly_map - vmin)).clip(0, 255) + 0.5).astype(np.uint8))
     colours = heat.copy()
     colours.putpalette(matplotlib.colormaps[MAP_COLOURS](np.arange(256), bytes=True)[:, :3].tobytes())
     opacity = heat.point([round(0.8 * level) for level in range(256)])
