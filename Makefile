@@ -9,7 +9,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # uv leaves modules uncompiled; each is compiled when first imported. Where somebody has switched that off, every process would do it anew.
 unexport PYTHONDONTWRITEBYTECODE

@@ -88,7 +88,7 @@ class _Learning(_Levels):
         return len(self.config.levels) > 1
 
     @property
-    def learns(self):  # type: ignore[override]
+    def learns(self):
         "Whether a level learns from latents."
         return "clip" in self.config.levels
 
