@@ -858,7 +858,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'adiff.extensions.offered': ('extensions.html#offered', 'adiff/extensions.py')},
             'adiff.figures': { 'adiff.figures._explain_axes': ('figures.html#_explain_axes', 'adiff/figures.py'),
                                'adiff.figures._image_grid': ('figures.html#_image_grid', 'adiff/figures.py'),
-                               'adiff.figures._outline': ('figures.html#_outline', 'adiff/figures.py'),
                                'adiff.figures._panel_columns': ('figures.html#_panel_columns', 'adiff/figures.py'),
                                'adiff.figures._plain_numbers': ('figures.html#_plain_numbers', 'adiff/figures.py'),
                                'adiff.figures._rgb': ('figures.html#_rgb', 'adiff/figures.py'),

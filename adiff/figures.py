@@ -14,6 +14,7 @@ import numpy as np
 import seaborn as sns
 from matplotlib.ticker import LogLocator, MaxNLocator
 from PIL import Image
+from scipy import ndimage
 
 from .core import InputError, atomic_path
 
@@ -52,16 +53,6 @@ def _rgb(image):
         raise InputError(f"image: shape {image.shape}; give (H, W, 3) or (H, W), uint8 or float in 0..1")
     return image if image.dtype == np.uint8 else (255 * np.clip(image, 0, 1) + 0.5).astype(np.uint8)
 
-# %% ../nbs/03_figures.ipynb #52467799
-def _outline(inside):
-    "bool (H, W): the pixels of `inside`, bool (H, W), that touch one above, below, left or right that is not."
-    inner = inside.copy()
-    inner[1:] &= inside[:-1]
-    inner[:-1] &= inside[1:]
-    inner[:, 1:] &= inside[:, :-1]
-    inner[:, :-1] &= inside[:, 1:]
-    return inside & ~inner
-
 # %% ../nbs/03_figures.ipynb #04a6b873
 def overlay(image, anomaly_map, threshold=None, vmin=0.0, vmax=1.0):
     """`anomaly_map` as heat over `image`, and the outline of what is at or above `threshold`: uint8 (H, W, 3).
@@ -80,7 +71,8 @@ def overlay(image, anomaly_map, threshold=None, vmin=0.0, vmax=1.0):
     opacity = heat.point([round(0.8 * level) for level in range(256)])
     blend = np.array(Image.composite(colours.convert("RGB"), Image.fromarray(image), opacity))
     if threshold is not None:
-        blend[_outline(anomaly_map >= threshold)] = 0, 255, 255
+        inside = anomaly_map >= threshold
+        blend[inside & ~ndimage.binary_erosion(inside, border_value=1)] = 0, 255, 255
     return blend
 
 # %% ../nbs/03_figures.ipynb #733a6f68
