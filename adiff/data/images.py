@@ -258,9 +258,10 @@ def look_at(name: str, resize: int, crop: int, image_size: int | None, sizes: Se
         for width, height in [max(sizes)] if sizes else []:
             covered = [length * crop / resize / min(image_size, crop) for length in (width, height)]
             narrow = 2 * max(covered)
-            lines.append("of a picture of {} x {} a pixel of it covers {:.1f} x {:.1f}: a defect narrower than about "
-                         "{:.0f} pixels of the original, 1/{:.0f} of its side, cannot be seen".format(
-                             width, height, *covered, narrow, max(width, height) / narrow))
+            pixels = "one pixel" if round(narrow) <= 1 else f"{narrow:.0f} pixels"
+            lines.append(f"of a picture of {width} x {height} a pixel of it covers {covered[0]:.1f} x "
+                         f"{covered[1]:.1f}: a defect narrower than about {pixels} of the original, "
+                         f"1/{max(width, height) / narrow:.0f} of its side, cannot be seen")
     return lines
 
 # %% ../../nbs/data/02_images.ipynb #af4279d7
