@@ -1655,6 +1655,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'adiff.runs.fit.check_same_run': ('runs/fit.html#check_same_run', 'adiff/runs/fit.py'),
                                 'adiff.runs.fit.clear_up': ('runs/fit.html#clear_up', 'adiff/runs/fit.py'),
                                 'adiff.runs.fit.describe_run': ('runs/fit.html#describe_run', 'adiff/runs/fit.py'),
+                                'adiff.runs.fit.features_size': ('runs/fit.html#features_size', 'adiff/runs/fit.py'),
                                 'adiff.runs.fit.fit': ('runs/fit.html#fit', 'adiff/runs/fit.py'),
                                 'adiff.runs.fit.preview': ('runs/fit.html#preview', 'adiff/runs/fit.py')},
             'adiff.runs.notebook_parameters': { 'adiff.runs.notebook_parameters._text': ( 'runs/notebook_parameters.html#_text',

@@ -26,6 +26,7 @@ from adiff.methods.configuration import DataConfig, make_processor
 from adiff.methods.official import read_official_checkpoint
 from adiff.runs.command_line import main
 from adiff.runs.detect import OUTPUTS, detect_files
+from adiff.runs.fit import preview
 
 
 def plate(seed, size=(200, 200), scratch=False):
@@ -213,6 +214,16 @@ def test_the_summary_says_what_matters(tmp_path):
     text = read_dataset(tmp_path).summary(FULL_FRAME, 64)
     for said in ("600 x 400", "anomalous", "left out: 1 file: suffix .txt", "whole picture", "narrower than about 19"):
         assert said in text, text
+
+
+@pytest.mark.parametrize("method", ["deco", "adiff", "knn", "padim"])
+def test_a_fiftieth_of_the_side_can_be_seen_by_default(tmp_path, method):
+    tree(tmp_path, *numbered("{}.png", 3), size=(3000, 2000))
+    text = preview(method, tmp_path)
+    assert "codec sees 64 x 64 pixels, frozen features 256 x 256" in text or "codec sees 256 x 256" in text, text
+    assert "narrower than about 23 pixels of the original, 1/128 of its side" in text and "image_size=" not in text
+    coarse = read_dataset(tmp_path).summary(FULL_FRAME, 64)
+    assert "1/32 of its side" in coarse and "-o data.image_size=128 looks closer" in coarse
 
 
 @pytest.mark.parametrize("category, size, wanted", [

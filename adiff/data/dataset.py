@@ -98,13 +98,14 @@ class Dataset(_Table):
             _log.warning("%s: the mask covers %.0f %% of its picture; is it inverted?", file, 100 * found.mean())
         return found
 
-    def summary(self, processor: Processor | None = None, image_size: int | None = None) -> str:
+    def summary(self, processor: Processor | None = None, image_size: int | None = None, features_size: int = 0) -> str:
         """What was read, as a short text: files per split and label, their suffixes and sizes, what was left out.
 
-        With a `processor` it says what remains of a picture; with the `image_size` of the codec, how small a defect may
-        be. Of each group the headers of at most 200 files are looked at.
+        With a `processor` it says what remains of a picture; with the `image_size` of the codec and the `features_size`
+        of frozen features beside it (0: none), how small a defect may be. Of each group the headers of at most 200
+        files are looked at.
         """
-        return summary_text(self, processor, image_size)
+        return summary_text(self, processor, image_size, features_size)
 
 # %% ../../nbs/data/05_dataset.ipynb #86fdf196
 def mask_of_image(mask_files: Sequence[Path], image_file: Path) -> Image.Image:
@@ -156,14 +157,14 @@ def describe_group(dataset: Dataset, split: str, label: int) -> dict[str, Any]:
             "sizes": shown}
 
 # %% ../../nbs/data/05_dataset.ipynb #e7b44878
-def summary_text(dataset: Dataset, processor: Processor | None, image_size: int | None) -> str:
+def summary_text(dataset: Dataset, processor: Processor | None, image_size: int | None, features_size: int = 0) -> str:
     "What `Dataset.summary` says."
     groups = [describe_group(dataset, split, label) for split in SPLITS for label in (0, 1)]
     table = pd.DataFrame([group for group in groups if group]).to_string(index=False, justify="left")
     lines = [f"{dataset.kind}s in {dataset.root}: {', '.join(dataset.categories)}", table, *dataset.notes]
     lines += [f"left out: {line}" for line in dataset.left_out]
     if processor is not None:
-        lines += processor.remains(image_size, sizes_of(dataset, dataset.samples.path))
+        lines += processor.remains(image_size, sizes_of(dataset, dataset.samples.path), features_size)
     if dataset.benchmark and getattr(processor, "name", "") == "official":
         lines.append(f"names and sizes are those of {dataset.benchmark}, so its protocol applies; "
                      "data.protocol=full_frame looks at the whole picture")

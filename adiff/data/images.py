@@ -247,19 +247,25 @@ class ImageCanvas(Canvas):
         Image.fromarray(drawn).save(path, compress_level=1, compress_type=zlib.Z_RLE)
 
 # %% ../../nbs/data/02_images.ipynb #b6acc21a
-def look_at(name: str, resize: int, crop: int, image_size: int | None, sizes: Sequence[tuple[int, int]]) -> list[str]:
-    "Lines for people about pictures (width, height) that are squeezed, cropped and shown to a codec of `image_size`."
+def look_at(name: str, resize: int, crop: int, image_size: int | None, sizes: Sequence[tuple[int, int]],
+            features_size: int = 0) -> list[str]:
+    """Lines for people about pictures (width, height) that are squeezed, cropped and shown to a codec of `image_size`.
+
+    `features_size`: side of what frozen features see beside the codec, 0: there are none.
+    """
     outer = 100 * (resize - crop) / 2 / resize
     lines = [f"protocol {name}: " + ("the whole picture is looked at" if crop == resize else
              f"central {crop} of {resize}: the outer {outer:.0f} % of each side is not looked at")]
     if image_size:
+        seen = min(max(image_size, features_size), crop)
         lines.append(f"the codec sees {image_size} x {image_size} pixels"
-                     + f", made of {crop} x {crop}: no more detail is in them" * (image_size > crop))
+                     + f", made of {crop} x {crop}: no more detail is in them" * (image_size > crop)
+                     + f", frozen features {seen} x {seen}" * (seen > image_size))
         for width, height in [max(sizes)] if sizes else []:
-            covered = [length * crop / resize / min(image_size, crop) for length in (width, height)]
+            covered = [length * crop / resize / seen for length in (width, height)]
             narrow = 2 * max(covered)
             pixels = "one pixel" if round(narrow) <= 1 else f"{narrow:.0f} pixels"
-            lines.append(f"of a picture of {width} x {height} a pixel of it covers {covered[0]:.1f} x "
+            lines.append(f"of a picture of {width} x {height} one of them covers {covered[0]:.1f} x "
                          f"{covered[1]:.1f}: a defect narrower than about {pixels} of the original, "
                          f"1/{max(width, height) / narrow:.0f} of its side, cannot be seen")
     return lines
@@ -351,19 +357,20 @@ class ImageProcessor(_Square):
         known = "" if self.value_range is None else "; values from {:.4g} to {:.4g}".format(*self.value_range)
         return f"protocol {self.name}: resize {self.resize}, crop {self.crop}, mask > 0{known}"
 
-    def remains(self, image_size: int | None, sizes: Mapping[Any, int]) -> list[str]:
+    def remains(self, image_size: int | None, sizes: Mapping[Any, int], features_size: int = 0) -> list[str]:
         "What is looked at of pictures of these `sizes`, and how small a defect may be; see `Processor.remains`."
         sizes = {size: count for size, count in sizes.items() if size}
-        lines = look_at(self.name, self.resize, self.size, image_size, list(sizes))
-        lines += self.closer(image_size, max(sizes)) if image_size and sizes else []
+        lines = look_at(self.name, self.resize, self.size, image_size, list(sizes), features_size)
+        lines += self.closer(max(image_size, features_size), max(sizes)) if image_size and sizes else []
         if self.value_range is not None:
             lines.append("more than 8 bits: black is {:.4g}, white {:.4g}".format(*self.value_range))
         return lines
 
     def closer(self, image_size: int, largest: tuple[int, int]) -> list[str]:
-        "Lines on seeing smaller defects in a picture of the size `largest` with a codec of `image_size`."
-        small = max(largest) > 4 * min(image_size, self.size)
-        return ["-o data.tile=SIDE looks closer, in tiles of SIDE x SIDE pixels, and takes longer"] * small
+        "Lines on seeing smaller defects in a picture of the size `largest` where `image_size` pixels are seen."
+        coarse, small = image_size < min(100, *largest), max(largest) > 4 * min(image_size, self.size)
+        return ([f"-o data.image_size={2 * image_size} looks closer, and takes four times as long"] * coarse
+                + ["-o data.tile=SIDE looks closer, in tiles of SIDE x SIDE pixels, and takes longer"] * small)
 
     def config(self) -> str | dict[str, Any]:
         return self.name if self.value_range is None else {**asdict(self), "value_range": list(self.value_range)}

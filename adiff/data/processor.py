@@ -146,10 +146,11 @@ class Processor(_Windows):
     def describe(self) -> str:
         "One line for the notes under a number."
 
-    def remains(self, image_size: int | None, sizes: Mapping[Any, int]) -> list[str]:
+    def remains(self, image_size: int | None, sizes: Mapping[Any, int], features_size: int = 0) -> list[str]:
         """Lines for people: what is looked at, and what a codec that sees `image_size` x `image_size` can see of it.
 
-        `sizes`: the sizes of the files, as `Dataset.summary` counts them.
+        `sizes`: the sizes of the files, as `Dataset.summary` counts them. `features_size`: side of the picture that
+        frozen features see beside the codec, in pixels; 0: there are none.
         """
         return [self.describe()] + [f"the codec sees {image_size} x {image_size} pixels"] * (image_size is not None)
 
