@@ -36,7 +36,7 @@ def as_typed(name: str, value: Any) -> Any:
 
 
 def _number(name: str, value: Any) -> float:
-    "A number, or a text that says one; a whole one, but for seconds and minutes. Raises `InputError` for anything else."
+    "A number, or a text that says one; whole, but for seconds and minutes. Raises `InputError` for anything else."
     if not re.fullmatch(r"-?\d+(\.\d+)?" if name in _fractions else r"-?\d+(\.0)?", str(value), re.ASCII):
         raise InputError(f"{name}: {value!r} is no {'' if name in _fractions else 'whole '}number")
     return float(value) if name in _fractions else int(str(value).removesuffix(".0"))
