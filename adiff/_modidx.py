@@ -1603,6 +1603,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'adiff.runs.detect._check_request': ('runs/detect.html#_check_request', 'adiff/runs/detect.py'),
                                    'adiff.runs.detect._files_of': ('runs/detect.html#_files_of', 'adiff/runs/detect.py'),
                                    'adiff.runs.detect._remove_empty': ('runs/detect.html#_remove_empty', 'adiff/runs/detect.py'),
+                                   'adiff.runs.detect._warn_of_short': ('runs/detect.html#_warn_of_short', 'adiff/runs/detect.py'),
                                    'adiff.runs.detect.calibrate_model': ('runs/detect.html#calibrate_model', 'adiff/runs/detect.py'),
                                    'adiff.runs.detect.detect_files': ('runs/detect.html#detect_files', 'adiff/runs/detect.py'),
                                    'adiff.runs.detect.expand_paths': ('runs/detect.html#expand_paths', 'adiff/runs/detect.py'),
