@@ -1529,6 +1529,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'adiff/runs/command_line.py'),
                                          'adiff.runs.command_line.Commands.invoke': ( 'runs/command_line.html#commands.invoke',
                                                                                       'adiff/runs/command_line.py'),
+                                         'adiff.runs.command_line.Commands.refuse': ( 'runs/command_line.html#commands.refuse',
+                                                                                      'adiff/runs/command_line.py'),
                                          'adiff.runs.command_line._AboveBars': ( 'runs/command_line.html#_abovebars',
                                                                                  'adiff/runs/command_line.py'),
                                          'adiff.runs.command_line._AboveBars.emit': ( 'runs/command_line.html#_abovebars.emit',

@@ -678,6 +678,23 @@ def test_a_package_that_breaks_when_imported_is_one_line(tmp_path):
     assert "Traceback" not in told.stderr and "nms does not exist" in lines[-1]
 
 
+@pytest.mark.parametrize("package, error", [
+    ("soundfile", 'OSError("sndfile library not found using ctypes.util.find_library")'),
+    ("torchaudio", 'OSError("libtorchaudio.so: undefined symbol: _ZN3c10")'),
+    ("sklearn", 'ImportError("DLL load failed while importing _check_build")')])
+def test_a_library_that_does_not_load_is_not_the_fault_of_a_file(tmp_path, package, error):
+    (tmp_path / "fake" / package).mkdir(parents=True)
+    (tmp_path / "fake" / package / "__init__.py").write_text(f"raise {error}\n")
+    for number in range(3):
+        hum(tmp_path / f"normal/{number}.wav", number, 4)
+    path = os.pathsep.join([str(tmp_path / "fake"), os.environ.get("PYTHONPATH", "")])
+    code = "from adiff.runs.command_line import main; main()"
+    told = subprocess.run([sys.executable, "-c", code, "fit", "one-class-svm", tmp_path / "normal", "--out",
+                           tmp_path / "run"], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    assert told.returncode == 2 and "Traceback" not in told.stderr, told.stderr
+    assert told.stderr.strip().splitlines()[-1].startswith(f"adiff: the package {package} cannot be imported")
+
+
 @pytest.mark.parametrize("wrap", [lambda w: {"model": w}, lambda w: w, lambda w: {"state_dict": w}, lambda w: {"ema": w},
                                   lambda w: {"model": {f"module.{key}": value for key, value in w.items()}}])
 def test_official_checkpoints_as_they_are_saved(tmp_path, wrap):

@@ -256,6 +256,8 @@ def _open_sound(source: Any, whole: bool) -> Iterator[soundfile.SoundFile]:
     except FileNotFoundError:
         raise InputError(f"{name}: no such file") from None
     except OSError as error:
+        if error.errno is None and not isinstance(error, io.UnsupportedOperation):
+            raise  # a library that cannot be loaded, not the file
         raise InputError(f"{name}: cannot be opened ({error.strerror or error})") from None
     except soundfile.SoundFileError as error:
         if re.search("Format not recognised|not a regular file", str(error)):

@@ -13,7 +13,7 @@ from typing import Any
 from ..core import InputError, unknown_name
 
 # %% ../../nbs/runs/07_notebook_parameters.ipynb #037d8509
-_texts = {"categories": "all", "preset": "cpu", "device": "auto", "official": "",  # what None means, where it means anything
+_texts = {"categories": "all", "preset": "cpu", "device": "auto", "official": "",  # what None means
           **dict.fromkeys(("method", "data_root", "out_dir", "runs", "counts", "sizes", "batch_sizes"))}
 _numbers = {"seed": 0, "processes": 0,
             **dict.fromkeys(("draws", "most_new", "length", "main_length", "rounds", "seconds", "minutes"))}

@@ -163,5 +163,5 @@ def learn_normals(detector: AnomalyDetector, dataset: Dataset) -> None:
             low, high = (100 * share for share in one["interval"])
             level, which = ((logging.WARNING, f"normal files, each judged by what was learned without it{seen}")
                             if name in few else (logging.INFO, "normal files that were held out"))
-            _log.log(level, "%s: the threshold comes from %d %s: %.0f to %.0f %% of new normals may be called anomalous; "
-                     "adiff calibrate MODEL FOLDER sets it from more", name, one["n"], which, low, high)
+            _log.log(level, "%s: the threshold comes from %d %s: %.0f to %.0f %% of new normals may be called "
+                     "anomalous; adiff calibrate MODEL FOLDER sets it from more", name, one["n"], which, low, high)
