@@ -1,5 +1,6 @@
 """Sounds: torchaudio beside a CPU-only torch, files good and bad, log-mel pictures, windows, real clips."""
 import importlib
+import io
 import json
 import subprocess
 import sys
@@ -115,9 +116,27 @@ def test_arrays_mean_what_their_type_says():
     for values in (SOUND, SOUND.astype(np.float64), np.int16(SOUND * 32768), np.int32(SOUND * 2.0**31),
                    np.uint8(SOUND * 128 + 128)):
         assert np.allclose(read_sound((values, RATE), RATE), SOUND, atol=0.01)
-    for values in (SOUND.astype(np.int64), SOUND * 30000, SOUND > 0, SOUND[None], np.zeros(0), np.array([0, np.inf])):
+    for values in (SOUND.astype(np.int64), SOUND * 30000, SOUND > 0, SOUND[None, None], np.zeros(0),
+                   np.array([0, np.inf])):
         assert refused((values, RATE)).startswith("sound array: ")
-    refused((SOUND, 16000.5)), refused(SOUND), refused(None)
+    for rate in (16000.5, True, 0, "16000", None):
+        assert "sample rate" in refused((SOUND, rate))
+    assert "give (array, sample rate)" in refused((RATE, SOUND))  # scipy's order
+    refused(SOUND), refused(None)
+
+
+def test_a_sound_is_the_same_in_every_form(tmp_path):
+    path = write(tmp_path / "a.wav", SOUND, subtype="FLOAT")
+    content, torn = path.read_bytes(), path.read_bytes()[:-9]
+    stereo = np.stack([SOUND, SOUND])
+    with open(path, "rb") as file:
+        for source in (content, io.BytesIO(content), file, str(path), (SOUND.astype(">f4"), RATE), (stereo, RATE),
+                       (stereo.T, RATE), (torch.from_numpy(stereo).requires_grad_(), RATE)):
+            for _ in range(2):
+                assert torch.allclose(read_sound(source, RATE), torch.from_numpy(SOUND), atol=1e-6)
+            assert sound_seconds(source) == 1
+    assert refused(torn) == refused(io.BytesIO(torn)) and refused(torn).startswith("sound bytes: the sound is cut")
+    assert LogMel().load(content).equal(LogMel().load(path))
 
 
 def test_silent_and_clipped_sounds_are_sounds(tmp_path):
@@ -214,6 +233,56 @@ def test_a_header_without_a_length_is_read_to_the_end(tmp_path, length):
     content[at:at + 4] = (10**6).to_bytes(4, "little")  # a length that could be, but is not there
     (tmp_path / "stream.wav").write_bytes(content)
     assert "cut short" in refused(tmp_path / "stream.wav")
+
+
+@pytest.mark.parametrize("container", ["RIFF", "RIFX", "RF64"])
+@pytest.mark.parametrize("whole", ["right", "wrong"])
+def test_no_length_although_the_whole_has_one(tmp_path, container, whole):
+    "Recorders that lose power, and a 64-bit header whose lengths are all 0; an empty sound before a chunk is empty."
+    endian = "BIG" if container == "RIFX" else "FILE"
+    soundfile.write(path := tmp_path / "a.wav", SOUND, RATE, "PCM_16", endian, "RF64" if container == "RF64" else "WAV")
+    content = bytearray(path.read_bytes())
+    at = content.index(b"data")
+    content[4:8] = content[4:8] if whole == "right" else bytes(4)
+    if container == "RF64":
+        content[20:44] = bytes(24)
+    else:
+        content[at + 4:at + 8] = bytes(4)
+    assert content[:4] == container.encode()
+    path.write_bytes(content)
+    assert np.allclose(read_sound(path, RATE), SOUND, atol=1e-4) and sound_seconds(path) == 1
+    path.write_bytes(content[:at + 8] + b"LIST" + bytes(4))
+    assert "no sound" in refused(path)
+
+
+@pytest.mark.parametrize("container, subtype", [("AIFF", "PCM_16"), ("AIFF", "FLOAT"), ("AU", "ULAW"),
+                                                ("CAF", "PCM_24"), ("W64", "PCM_16"), ("W64", "FLOAT"),
+                                                ("WAV", "PCM_16")])
+def test_the_end_is_missed_in_every_container(tmp_path, container, subtype):
+    soundfile.write(path := tmp_path / "a", SOUND, RATE, subtype, "BIG" if container == "WAV" else "FILE", container)
+    content = path.read_bytes()
+    assert len(read_sound(path, RATE)) == RATE
+    for length in (len(content) // 2, len(content) - 40):
+        path.write_bytes(content[:length])
+        assert "cut short" in refused(path)
+
+
+def test_an_mp3_that_does_not_know_its_length(tmp_path):
+    "Without a count in the first frame, joined, or cut, libsndfile would give a part, without a word."
+    content = write(tmp_path / "a.mp3", HUM).read_bytes()
+    first, second = content[2], content[2] >> 1 & 1  # kbit/s of MPEG 2, padding
+    start = 72 * 1000 * sound_files._mp3_kbits[False][(first >> 4) - 1] // RATE + second
+    tag = b"ID3\x03\0\0\0\0\x02\x08" + b"\xff\xf3" * 132  # 264 bytes, which look like frames
+    for kept in (content, tag + content, tag + tag + content, bytes(3000) + content, content + b"TAG" + bytes(125)):
+        (tmp_path / "a.mp3").write_bytes(kept)
+        assert sound_seconds(tmp_path / "a.mp3") == 3 and len(read_sound(tmp_path / "a.mp3", RATE)) == 3 * RATE
+    for wrong in (content[start:], content + content, content + tag + content):
+        (tmp_path / "a.mp3").write_bytes(wrong)
+        assert refused(tmp_path / "a.mp3").endswith(f"ffmpeg -i {tmp_path}/a.mp3 {tmp_path}/a.wav")
+    (tmp_path / "a.mp3").write_bytes(content[:len(content) // 2])
+    assert "cut short" in refused(tmp_path / "a.mp3")
+    (tmp_path / "a.mp3").write_text("<html>404</html>" * 99)
+    assert "not a sound" in refused(tmp_path / "a.mp3")
 
 
 def test_a_streamed_flac_is_refused_with_the_command(tmp_path):

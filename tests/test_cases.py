@@ -1,4 +1,5 @@
 """What people hand over, built from reports about this kind of software: read right, or refused in one clear line."""
+import ast
 import io
 import json
 import os
@@ -8,6 +9,7 @@ import sys
 import time
 
 import numpy as np
+import papermill
 import pandas as pd
 import pytest
 import soundfile
@@ -22,11 +24,12 @@ from adiff.data.images import FULL_FRAME, open_mask
 from adiff.data.reading import read_dataset
 from adiff.data.tiles import TiledProcessor
 from adiff.lab.engines import kernel_trouble
-from adiff.methods.configuration import DataConfig, make_processor
+from adiff.methods.configuration import DataConfig, make_processor, parse_overrides
 from adiff.methods.official import read_official_checkpoint
 from adiff.runs.command_line import main
 from adiff.runs.detect import OUTPUTS, detect_files
 from adiff.runs.fit import preview
+from adiff.runs.notebook_parameters import as_typed, check_parameters
 
 
 def plate(seed, size=(200, 200), scratch=False):
@@ -339,6 +342,25 @@ def test_long_recordings_have_the_threshold_of_their_length(tmp_path, one_thread
     assert several.thresholds[0] == pytest.approx(found[long].threshold.iloc[0])
 
 
+def test_short_recordings_are_said_to_end_in_silence(tmp_path, one_thread, caplog):
+    "They are all called anomalous after training on longer ones; the line says why. With windows of their length, not."
+    for number in range(20):
+        hum(tmp_path / f"normal/{number}.wav", number, 4)
+    for number in range(3):
+        hum(tmp_path / f"new/short{number}.wav", 100 + number, 1)
+    hum(tmp_path / "new/whole.wav", 200, 4)
+    train("one-class-svm", tmp_path / "normal", tmp_path / "run")
+    caplog.clear()
+    found = detect_files(tmp_path / "run/model", [tmp_path / "new"], tmp_path / "found", device="cpu", save=())
+    said = [record.getMessage() for record in caplog.records if record.name == "adiff.runs.detect"]
+    assert len(said) == 1 and said[0].startswith("3 of 4 sounds are shorter than the 4 s") and "\n" not in said[0]
+    assert found.anomalous.tolist()[:3] == [True] * 3
+    train("one-class-svm", tmp_path / "normal", tmp_path / "second", {"data": {"seconds": 1.0}})
+    caplog.clear()
+    found = detect_files(tmp_path / "second/model", [tmp_path / "new"], tmp_path / "found", device="cpu", save=())
+    assert found.anomalous.sum() <= 1 and not [one for one in caplog.records if one.name == "adiff.runs.detect"]
+
+
 # ---- large pictures
 
 def sheet(seed, dot=False):
@@ -595,6 +617,61 @@ def test_a_mask_is_turned_like_its_image_and_an_inverted_one_is_named(tmp_path, 
 
 # ---- the edges of the one-line contract
 
+def test_a_run_may_stand_beside_the_folders_that_were_read(tmp_path, monkeypatch, one_thread):
+    "`two` is read as a category of the folder above it, which is not read."
+    tree(tmp_path, *numbered("two/good/{}.png", 6), *numbered("two/bad/{}.png", 2), size=(40, 40))
+    monkeypatch.chdir(tmp_path)
+    train("knn", "two", "runs/two")
+    with pytest.raises(InputError, match="two/run: lies in the dataset two"):
+        train("knn", "two", "two/run")
+
+
+@pytest.mark.parametrize("name, value, meant", [
+    ("seed", 1.0, 1), ("seed", "3", 3), ("seed", None, 0), ("resume", "true", True), ("resume", "no", False),
+    ("draws", "4", 4), ("seconds", 2, 2.0), ("minutes", "0.5", 0.5), ("batch_sizes", 8, "8"), ("batch_sizes", [1, 8], "1,8"),
+    ("categories", None, "all"), ("categories", ["01", 2], "01,2"), ("out_dir", 2024, "2024"), ("official", None, "")])
+def test_words_of_papermill_mean_what_they_mean_on_the_command_line(name, value, meant):
+    assert as_typed(name, value) == meant and type(as_typed(name, value)) is type(meant)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("seed", 1.5), ("seed", True), ("seed", "x"), ("seed", [1]), ("draws", None), ("minutes", float("inf")),
+    ("resume", 2), ("categories", {"a": 1}), ("out_dir", None), ("device", True)])
+def test_what_no_parameter_can_mean_is_one_line(name, value):
+    with pytest.raises(InputError, match=f"^{name}: ") as error:
+        as_typed(name, value)
+    assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match="overrides: must be a JSON object"):
+        parse_overrides([1])
+
+
+def test_every_parameter_of_a_notebook_has_its_type(repository):
+    "One that `as_typed` does not know would stay as papermill guessed it."
+    for path in (repository / "nbs/experiments").glob("*.ipynb"):
+        for name, one in papermill.inspect_notebook(path).items():
+            value = ast.literal_eval(one["default"])
+            assert name == "overrides" or type(as_typed(name, str(value))) is type(value), (path.name, name)
+
+
+@pytest.mark.parametrize("change, hint", [
+    ({"trainin": {}}, "training"), ({"training": {"lenght": 3}}, "training.length"), ({"length": 3}, "training.length"),
+    ({"codec": {"kind": "wavelett"}}, "wavelet"), ({"data": {"imagesize": 3}}, "data.image_size")])
+def test_a_misspelt_setting_names_the_nearest(tmp_path, change, hint):
+    tree(tmp_path, "a/1.png", "a/2.png")
+    with pytest.raises(InputError, match=f"did you mean .*{hint}") as error:
+        fit("deco", tmp_path / "a", tmp_path / "run", overrides=change)
+    assert "\n" not in str(error.value)
+
+
+def test_misspelt_names_name_the_nearest(tmp_path):
+    tree(tmp_path, "a/1.png", "a/2.png")
+    for words, meant in ((["deko", "a"], "deco"), (["deco", "a", "--preset", "instnat"], "instant")):
+        told = CliRunner().invoke(main, ["fit", *words[:1], str(tmp_path / "a"), *words[2:], "--out", str(tmp_path / "x")])
+        assert told.exit_code == 2 and f"did you mean {meant}?" in told.stderr and told.stderr.count("\n") == 1
+    with pytest.raises(InputError, match="did you mean data_root?"):
+        check_parameters({"data_rot": 1}, (), ["data_root", "seed"])
+
+
 def test_a_package_that_breaks_when_imported_is_one_line(tmp_path):
     broken = tmp_path / "fake/torchvision"
     broken.mkdir(parents=True)
@@ -610,6 +687,23 @@ def test_a_package_that_breaks_when_imported_is_one_line(tmp_path):
     lines = told.stderr.strip().splitlines()
     assert told.returncode == 2 and lines[-1].startswith("adiff: the package torchvision cannot be imported"), told.stderr
     assert "Traceback" not in told.stderr and "nms does not exist" in lines[-1]
+
+
+@pytest.mark.parametrize("package, error", [
+    ("soundfile", 'OSError("sndfile library not found using ctypes.util.find_library")'),
+    ("torchaudio", 'OSError("libtorchaudio.so: undefined symbol: _ZN3c10")'),
+    ("sklearn", 'ImportError("DLL load failed while importing _check_build")')])
+def test_a_library_that_does_not_load_is_not_the_fault_of_a_file(tmp_path, package, error):
+    (tmp_path / "fake" / package).mkdir(parents=True)
+    (tmp_path / "fake" / package / "__init__.py").write_text(f"raise {error}\n")
+    for number in range(3):
+        hum(tmp_path / f"normal/{number}.wav", number, 4)
+    path = os.pathsep.join([str(tmp_path / "fake"), os.environ.get("PYTHONPATH", "")])
+    code = "from adiff.runs.command_line import main; main()"
+    told = subprocess.run([sys.executable, "-c", code, "fit", "one-class-svm", tmp_path / "normal", "--out",
+                           tmp_path / "run"], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    assert told.returncode == 2 and "Traceback" not in told.stderr, told.stderr
+    assert told.stderr.strip().splitlines()[-1].startswith(f"adiff: the package {package} cannot be imported")
 
 
 @pytest.mark.parametrize("wrap", [lambda w: {"model": w}, lambda w: w, lambda w: {"state_dict": w}, lambda w: {"ema": w},

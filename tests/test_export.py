@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import os
+import runpy
 import subprocess
 import sys
 import threading
@@ -198,6 +199,29 @@ def test_forty_lines_without_torch(exported, repository, tmp_path, category):
     assert word == "score" and abs(float(score) - wanted.scores[0]) < 1e-4 and torch_imported == ["False"]
     assert verdict == ("anomalous" if wanted.is_anomalous[0] else "normal")
     assert Image.open(tmp_path / "found.png").size == (256, 256)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "L", "P", "1", "CMYK", "I;16", "F"])
+def test_the_example_prepares_every_picture_as_detect_does(exported, repository, tmp_path, monkeypatch, capsys, mode):
+    colour = Image.fromarray(skimage.data.coffee()).resize((150, 110))
+    grey = np.asarray(colour.convert("L"), np.uint16)
+    if mode[-1] == "A":
+        colour.putalpha(Image.fromarray(np.uint8(255 - grey // 2)))
+    made = {"I;16": grey * 257, "F": grey.astype(np.float32) / 255}
+    image = Image.fromarray(made[mode]) if mode in made else colour.convert(mode)
+    image.save(picture := tmp_path / ("a.jpg" if mode == "CMYK" else "a.tif" if mode == "F" else "a.png"))
+    monkeypatch.setattr(sys, "argv", ["", str(exported / "line/detector.onnx"), str(picture), str(tmp_path / "found.png"),
+                                      "coffee"])
+    runpy.run_path(str(repository / "nbs/tutorials/onnx_detect.py"))
+    wanted = AnomalyDetector.from_pretrained(exported / "model")(picture, category="coffee").scores[0]
+    assert float(capsys.readouterr().out.split()[1]) == pytest.approx(wanted, abs=1e-4)
+
+
+def test_the_example_hears_nothing(export, repository, tmp_path, monkeypatch):
+    graph = str(export("adiff, sounds")[1] / "line/detector.onnx")
+    monkeypatch.setattr(sys, "argv", ["", graph, str(tmp_path / "a.wav"), str(tmp_path / "found.png")])
+    with pytest.raises(SystemExit, match="hears sounds.*use adiff detect"):
+        runpy.run_path(str(repository / "nbs/tutorials/onnx_detect.py"))
 
 
 def test_facts_are_all_that_a_line_must_know(exported):

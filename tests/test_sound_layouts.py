@@ -66,6 +66,25 @@ def test_dcase_several_machines_and_misplaced_clips(dcase, tmp_path):
         read_dataset(tmp_path)
 
 
+def test_dcase_of_2020(pump, tmp_path):
+    "Names without section and domain."
+    train, good = sorted((pump / "train/good").iterdir()), sorted((pump / "test/good").iterdir())
+    faults = sorted(file for file in (pump / "test").rglob("*.wav") if file.parent.name != "good")
+    copy(train, [tmp_path / f"data/pump/train/normal_id_0{2 * (n % 2)}_{n:08}.wav" for n in range(len(train))])
+    copy(good, [tmp_path / f"data/pump/test/normal_id_0{2 * (n % 2)}_{n + 99:08}.wav" for n in range(len(good))])
+    copy(faults, [tmp_path / f"data/pump/test/anomaly_id_0{2 * (n % 2)}_{n:08}.wav" for n in range(len(faults))])
+    dataset = read_dataset(tmp_path / "data")
+    assert dataset.categories == ["pump_id_00", "pump_id_02"] and dataset.left_out == []
+    counts = dataset.samples.groupby(["category", "label"]).size()
+    assert counts.tolist() == [18, 6, 18, 6] and set(dataset.select("test").label) == {0, 1}
+    fit("one-class-svm", tmp_path / "data/pump", tmp_path / "run", device="cpu")
+    assert evaluate(tmp_path / "run")["categories"]["id_02"]["image_auroc"] > 0.5
+    file = next((tmp_path / "data/pump/test").glob("anomaly*"))
+    file.rename(tmp_path / "data/pump/train" / file.name)
+    with pytest.raises(InputError, match="lies in train/"):
+        read_dataset(tmp_path / "data")
+
+
 def test_mimii_from_files_to_metrics(pump, tmp_path):
     normal = sorted((pump / "train/good").iterdir()) + sorted((pump / "test/good").iterdir())
     faults = sorted(file for file in (pump / "test").rglob("*.wav") if file.parent.name != "good")

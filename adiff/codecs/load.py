@@ -20,7 +20,7 @@ from .features import FeatureCodec
 from .pixels import PixelCodec
 from .sound_features import SoundFeatureCodec
 from .wavelets import WaveletCodec
-from ..core import AnyPath, InputError, read_json
+from ..core import AnyPath, InputError, nearest, read_json
 from ..extensions import Extensible
 
 # %% ../../nbs/codecs/06_load.ipynb #b7e6df86
@@ -99,7 +99,8 @@ def load_codec(name: AnyPath = "wavelet", **options: Any) -> Codec:
     for option in sorted(options.keys() - set(known)):
         raise InputError(f"codec {str(name)!r} has no option {option!r}; known: {', '.join(known) or 'none'}")
     if make is None and not Path(name).is_dir():
-        raise InputError(f"unknown codec {str(name)!r}, and no such folder; known: {', '.join(CODECS)}")
+        raise InputError(f"unknown codec {str(name)!r}, and no such folder; known: {', '.join(CODECS)}"
+                         + nearest(name, CODECS))
     codec = make(**options) if make else _open_folder(Path(name))
     if not isinstance(codec, Codec):
         raise InputError(f"codec {name!r}: an installed package makes a {type(codec).__name__} of that name, "

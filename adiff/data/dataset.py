@@ -128,7 +128,10 @@ def sizes_of(dataset: Dataset, paths: pd.Series) -> Counter:
     "How many of some of the `paths` have which size: (width, height) of images, seconds of sounds, None: unreadable."
     def size(path: str) -> Any:
         try:
-            return image_size(dataset.root/path) if dataset.kind == "image" else round(sound_seconds(dataset.root/path))
+            if dataset.kind == "image":
+                return image_size(dataset.root/path)
+            seconds = sound_seconds(dataset.root/path)
+            return round(seconds) or float(f"{seconds:.1g}")
         except InputError:
             return None
     return Counter(map(size, _some(list(dict.fromkeys(paths)))))

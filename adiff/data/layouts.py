@@ -513,7 +513,7 @@ def read_plain_folder(root: Path, categories: str | Sequence[str]) -> Dataset:
 
 
 _plural = {"normal": "normal by name", "anomalous": "anomalous by name", "mask": "masks by name",
-           "mixed": "normal and anomalous by name", None: "without a label"}
+           "mixed": "normal and anomalous by name", None: "of another name"}
 
 
 def _by_folder(by: dict[str | None, list[Path]], root: Path) -> bool:

@@ -68,7 +68,7 @@ def read_esc50(root: Path, categories: str | Sequence[str]) -> Dataset | None:
     return complete_dataset(root, root.name, [row for name in chosen for row in _esc50_rows(clips, name)], notes)
 
 # %% ../../nbs/data/07_sound_layouts.ipynb #762bd0bd
-_dcase_name = re.compile(r"(section_\d+)_(source|target)_(train|test)_(normal|anomaly)_.*")
+_dcase_name = re.compile(r"(section_\d+)_(source|target)_(train|test)_(normal|anomaly)_.*|(normal|anomaly)_(id_\d+)_.*")
 
 
 def _dcase_clips(machine: Path) -> tuple[list[tuple], int]:
@@ -78,18 +78,20 @@ def _dcase_clips(machine: Path) -> tuple[list[tuple], int]:
         for path in files_in(machine/split):
             found = _dcase_name.fullmatch(path.name)
             unlabelled += found is None
-            if found and (found[3] != split or (split, found[4]) == ("train", "anomaly")):
-                raise InputError(f"{path}: a clip called {found[3]} {found[4]} lies in {split}/; correct the name, or "
-                                 "put it where it belongs")
-            if found:
-                clips.append((path, found[1], found[2], split, int(found[4] == "anomaly")))
+            if not found:
+                continue
+            section, domain, part, label = found.group(1, 2, 3, 4) if found[1] else (found[6], "", split, found[5])
+            if part != split or (split, label) == ("train", "anomaly"):
+                raise InputError(f"{path}: a clip called {part} {label} lies in {split}/; correct the name, or put it "
+                                 "where it belongs")
+            clips.append((path, section, domain, split, int(label == "anomaly")))
     return clips, unlabelled
 
 # %% ../../nbs/data/07_sound_layouts.ipynb #361eb873
 def _dcase_rows(clips: list[tuple], root: Path, prefix: str) -> list[tuple]:
     "Rows of one machine, categories called PREFIXsection_00_source; anomalous clips in every domain of their section."
     domains = {section: sorted({clip[2] for clip in clips if clip[1] == section}) for _, section, *_ in clips}
-    return [(path.relative_to(root).as_posix(), f"{prefix}{section}_{one}", split, label,
+    return [(path.relative_to(root).as_posix(), f"{prefix}{section}_{one}".rstrip("_"), split, label,
              "anomaly" if label else "good", "")
             for path, section, domain, split, label in clips for one in (domains[section] if label else [domain])]
 
@@ -116,9 +118,9 @@ def read_dcase(root: Path, categories: str | Sequence[str]) -> Dataset | None:
     if not rows:
         return None
     chosen = chosen_categories(categories, sorted({row[1] for row in rows}))
-    notes = ["DCASE task 2: a category is a section and domain; its normal test clips stand against the anomalous ones "
-             "of both domains, also in the pAUC (up to a false-positive rate of 0.1), which the challenge takes over "
-             "both domains"]
+    notes = ["DCASE task 2: a category is a section and domain (of 2020 an id); its normal test clips stand against "
+             "the anomalous ones of both domains, also in the pAUC (up to a false-positive rate of 0.1), which the "
+             "challenge takes over both domains"]
     if unlabelled:
         notes.append(f"{unlabelled} files have no label in their names and are left out")
     return complete_dataset(root, root.name, [row for row in rows if row[1] in chosen], notes)

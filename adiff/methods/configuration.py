@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from ..codecs.codec import Codec
 from ..codecs.load import CODECS, load_codec
 from ..codecs.sound_features import SoundFeatureCodec
-from ..core import InputError, derive_seed, progress, set_seed
+from ..core import InputError, derive_seed, nearest, progress, set_seed
 from ..data.audioset_pictures import AudioSetPicture
 from ..data.dataset import Dataset
 from ..data.images import PROTOCOLS, measure_range
@@ -124,7 +124,8 @@ def configure(values: dict[str, Any], seed: int = 0) -> DetectorConfig:
         raise InputError(f"seed: must be a whole number from 0 to {2**63 - 1}, got {seed!r}")
     for name in values:
         if name not in known:
-            raise InputError(f"unknown override {name!r}; known: {', '.join(sorted(known))}{_meant(name)}")
+            hint = _meant(name) or nearest(name, known)
+            raise InputError(f"unknown override {name!r}; known: {', '.join(sorted(known))}{hint}")
     sections: dict[str, Any] = {name: _checked_section(name, values.get(name)) for name in SOCKETS}
     suited = {"front_end": "audioset"} if sections["codec"]["kind"] == "sound-features" else {}
     return DetectorConfig(**sections, data=_checked("data", DataConfig, suited | (values.get("data") or {})),
@@ -135,11 +136,13 @@ def _checked_section(socket: str, values: Any) -> dict[str, Any] | None:
     "The section of a socket with its defaults, or None for an empty socket."
     if values is None and socket not in ("codec", "discrepancy"):
         return None
-    kinds = ", ".join(sorted(SOCKETS[socket]))  # a codec may also be a folder; load_codec says what is wrong with it
+    names = sorted(SOCKETS[socket])
+    kinds = ", ".join(names)  # a codec may also be a folder; load_codec says what is wrong with it
     if not isinstance(values, dict) or not isinstance(values.get("kind"), str):
         raise InputError(f"override {socket!r}: needs a kind; known: {kinds}")
     if values["kind"] not in SOCKETS[socket] and socket != "codec":
-        raise InputError(f"override '{socket}.kind': {values['kind']!r} is not known; known: {kinds}")
+        raise InputError(f"override '{socket}.kind': {values['kind']!r} is not known; known: {kinds}"
+                         + nearest(values["kind"], names))
     return _checked(socket, section_model(socket, values["kind"]), values).model_dump(mode="json")
 
 # %% ../../nbs/methods/00_configuration.ipynb #bf89a066
@@ -151,9 +154,9 @@ def _checked(section: str, model: type[BaseModel], values: Any) -> Any:
         first = error.errors()[0]
         path = ".".join([section, *map(str, first["loc"])])
         if first["type"] == "extra_forbidden":
-            names = ", ".join(sorted(f"{section}.{name}" for name in model.model_fields))
-            hint = _meant(str(first["loc"][0]), section)
-            raise InputError(f"unknown override {path!r}; known: {names}{hint}") from None
+            names = sorted(f"{section}.{name}" for name in model.model_fields)
+            hint = _meant(str(first["loc"][0]), section) or nearest(path, names)
+            raise InputError(f"unknown override {path!r}; known: {', '.join(names)}{hint}") from None
         raise InputError(f"override {path!r}: {first['msg'].lower()}, got {first['input']!r}") from None
 
 
@@ -237,6 +240,8 @@ def parse_overrides(text: str | dict | None) -> dict[str, Any]:
     "Nested changes from a JSON object in a string, as experiment notebooks take them, or a dict. Raises `InputError`."
     if isinstance(text, dict):
         return text
+    if not isinstance(text, (str, type(None))):
+        raise InputError(f"overrides: must be a JSON object like {_example}, got {text!r}")
     try:
         overrides = json.loads(text or "{}", parse_constant=_no_number, object_pairs_hook=_each_once)
     except (ValueError, RecursionError) as error:

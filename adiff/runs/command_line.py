@@ -77,8 +77,9 @@ def failed_import(error):
             return found
     importing, package, trace = False, None, error.__traceback__
     while trace is not None:
-        importing = importing or trace.tb_frame.f_code.co_filename.startswith("<frozen importlib")
-        package, trace = trace.tb_frame.f_globals.get("__name__", "").split(".")[0], trace.tb_next
+        package = trace.tb_frame.f_globals.get("__name__", "").split(".")[0]
+        importing = importing or trace.tb_frame.f_code.co_name == "<module>" and package not in ("adiff", "__main__")
+        trace = trace.tb_next
     if isinstance(error, ImportError) and error.name:
         importing, package = True, error.name.split(".")[0]
     theirs = importing and package not in (None, "", "adiff", "importlib", "_frozen_importlib", "__main__")
@@ -105,24 +106,26 @@ class Commands(click.Group):
         try:
             with _messages(), signals_to(interrupt):
                 return super().invoke(context)
-        except (InputError, click.UsageError, OSError) as error:
-            if isinstance(error, OSError) and error.errno not in _disk_errors:
-                raise
-            close_progress()
-            click.echo(f"adiff: {_one_line(error)}", err=True)
-            context.exit(2)
+        except (InputError, click.UsageError) as error:
+            self.refuse(context, _one_line(error))
         except Exception as error:
             package, reason = failed_import(error)
+            if getattr(error, "errno", None) in _disk_errors and isinstance(error, OSError):
+                self.refuse(context, _one_line(error))
             if package is None:
                 raise
-            close_progress()
-            click.echo(f"adiff: the package {package} cannot be imported ({reason}); repair it, or if you do not need "
-                       f"it, pip uninstall {package}; adiff doctor looks at all packages", err=True)
-            context.exit(2)
+            self.refuse(context, f"the package {package} cannot be imported ({reason}); repair it, or if you do not "
+                        f"need it, pip uninstall {package}; adiff doctor looks at all packages")
         except KeyboardInterrupt as stop:
             close_progress()
             click.echo(f"adiff: {str(stop) or 'stopped'}; {_how_to_go_on(context.invoked_subcommand)}", err=True)
             context.exit(143 if isinstance(stop, Terminated) else 130)
+
+    def refuse(self, context, line):
+        "Ends with exit code 2 and the `line` on standard error."
+        close_progress()
+        click.echo(f"adiff: {line}", err=True)
+        context.exit(2)
 
 # %% ../../nbs/runs/06_command_line.ipynb #59f89f24
 def _one_line(error):

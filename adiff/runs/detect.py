@@ -7,6 +7,7 @@ __all__ = ['OUTPUTS', 'expand_paths', 'left_out', 'files_to_detect', 'Choice', '
            'write_tables', 'detect_files', 'calibrate_model']
 
 # %% ../../nbs/runs/04_detect.ipynb #be6a3ee0
+import logging
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from ..data.files import count_reasons, find_files, survey
 from ..data.loading import read_ahead, stacked
 from ..data.processor import Canvas
 from ..data.reading import read_dataset
+from ..data.sound_files import sound_seconds
 from ..detector.pipeline import AnomalyDetector, Detected
 from ..machine import use_machine
 from ..scores.calibration import check_rate, map_scores, threshold_for
@@ -44,6 +46,7 @@ def left_out(paths: Iterable[AnyPath], kind: str) -> str:
     return count_reasons(reason for folder in folders for _, reason in survey(folder, (kind,)).left_out)
 
 
+_log = logging.getLogger("adiff.runs.detect")
 _written = ("overlays", "maps", "masks")  # folders in which a detection writes
 
 
@@ -268,6 +271,15 @@ def _check_request(detector: AnomalyDetector, categories: list[str], choice: Cho
         raise InputError("regions are those of pictures; windows.csv says when a sound was anomalous")
 
 # %% ../../nbs/runs/04_detect.ipynb #3c2f281e
+def _warn_of_short(findings: Sequence[Finding], seconds: float | None) -> None:
+    "Says how many sounds are shorter than a window: the silence after them is heard as well."
+    single = [found.file for found in findings if seconds and not found.row["error"] and len(found.starts) == 1]
+    if short := sum(sound_seconds(file) < 0.99 * seconds for file in single if seconds):
+        _log.warning("%d of %d sounds are shorter than the %g s that the detector hears at once: silence follows them, "
+                     "which is anomalous if the normal sounds were longer (-o data.seconds in adiff fit)", short,
+                     len(findings), seconds)
+
+
 def detect_files(model: AnyPath, paths: Iterable[AnyPath], out_dir: AnyPath, category: str | None = None,
                  batch_size: int = 16, device: str = "auto", threshold: float | None = None,
                  false_positive_rate: float | None = None, save: Collection[str] = ("overlays",)) -> pd.DataFrame:
@@ -310,6 +322,7 @@ def detect_files(model: AnyPath, paths: Iterable[AnyPath], out_dir: AnyPath, cat
     if all(row["error"] for row in rows):
         first = rows[0]["error"]
         raise InputError(first if len(rows) == 1 else f"none of the {len(rows)} files can be read; {first}")
+    _warn_of_short(stream.findings, detector.processor.seconds)
     write_tables(out_dir, {**({"windows": windows} if windows else {}),
                            **({"regions": writer.regions} if "regions" in save else {}), "scores": rows})
     return pd.DataFrame(rows)

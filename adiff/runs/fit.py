@@ -108,11 +108,13 @@ def preview(method: str, data_root: AnyPath, preset: str = "cpu", categories: st
     return dataset.summary(processor, size, features_size(config))
 
 # %% ../../nbs/runs/00_fit.ipynb #616f0bfd
-def _check_fit(method: str, out_dir: Path, dataset: Dataset, processes: int | None, device: str) -> int:
+def _check_fit(method: str, out_dir: Path, data_root: AnyPath, dataset: Dataset, processes: int | None,
+               device: str) -> int:
     "How many processes are to train. Raises `InputError` for what cannot be trained, or not there."
     chosen, launched = METHODS[method], launched_processes()
-    if Path(os.path.abspath(out_dir)).is_relative_to(dataset.root):
-        raise InputError(f"{out_dir}: lies in the dataset {dataset.root}, where its pictures would be read as data "
+    read = dataset.root, Path(os.path.abspath(data_root))  # one may lie in the other: a category's folder was given
+    if all(Path(os.path.abspath(out_dir)).is_relative_to(folder) for folder in read):
+        raise InputError(f"{out_dir}: lies in the dataset {data_root}, where its pictures would be read as data "
                          "next time; choose another out_dir")
     processes = count_processes(processes if chosen.divisible or launched else processes or 1, device)
     if processes > 1 and not chosen.divisible:
@@ -146,7 +148,8 @@ def fit(method: str, data_root: AnyPath, out_dir: AnyPath, preset: str = "cpu", 
     out_dir, place = Path(out_dir), resolve_device(device)
     record, config, dataset = describe_run(method, data_root, preset, categories, seed, overrides, split_table,
                                            labels)
-    processes, launched = _check_fit(method, out_dir, dataset, processes, device), launched_processes()
+    processes = _check_fit(method, out_dir, data_root, dataset, processes, device)
+    launched = launched_processes()
     ensure_folder(out_dir)
     with nullcontext() if launched else locked(out_dir):  # the process that starts the others has the lock
         if not _is_finished(out_dir, record, resume):

@@ -6,15 +6,19 @@
 __all__ = ['as_typed', 'check_parameters']
 
 # %% ../../nbs/runs/07_notebook_parameters.ipynb #b3cae995
+import re
 from collections.abc import Iterable
 from typing import Any
 
 from ..core import InputError, unknown_name
 
 # %% ../../nbs/runs/07_notebook_parameters.ipynb #037d8509
-_texts = {"method": None, "data_root": None, "categories": "all", "preset": "cpu", "out_dir": None, "device": "auto"}
-_numbers = {"seed": 0, "processes": 0}
-_switches = ("joint", "resume")
+_texts = {"categories": "all", "preset": "cpu", "device": "auto", "official": "",  # what None means
+          **dict.fromkeys(("method", "data_root", "out_dir", "runs", "counts", "sizes", "batch_sizes"))}
+_numbers = {"seed": 0, "processes": 0,
+            **dict.fromkeys(("draws", "most_new", "length", "main_length", "rounds", "seconds", "minutes"))}
+_fractions = ("seconds", "minutes")
+_switches = ("joint", "resume", "taef2")
 _meant = {**dict.fromkeys(("true", "yes", "1"), True), **dict.fromkeys(("false", "no", "0", "none", ""), False)}
 
 
@@ -23,15 +27,19 @@ def as_typed(name: str, value: Any) -> Any:
     if name in _texts:
         return _text(name, _texts[name] if value is None else value)
     if name in _numbers:
-        value = _numbers[name] if value is None else value
-        if isinstance(value, bool) or not str(value).removesuffix(".0").lstrip("-").isdigit():
-            raise InputError(f"{name}: {value!r} is no whole number")
-        return int(float(value)) if isinstance(value, float) else int(str(value).removesuffix(".0"))
+        return _number(name, _numbers[name] if value is None else value)
     if name in _switches:
         if str(value).casefold() not in _meant:
             raise InputError(f"{name}: {value!r}; use True or False")
         return _meant[str(value).casefold()]
     return "{}" if name == "overrides" and value is None else value
+
+
+def _number(name: str, value: Any) -> float:
+    "A number, or a text that says one; whole, but for seconds and minutes. Raises `InputError` for anything else."
+    if not re.fullmatch(r"-?\d+(\.\d+)?" if name in _fractions else r"-?\d+(\.0)?", str(value), re.ASCII):
+        raise InputError(f"{name}: {value!r} is no {'' if name in _fractions else 'whole '}number")
+    return float(value) if name in _fractions else int(str(value).removesuffix(".0"))
 
 
 def _text(name: str, value: Any) -> str:

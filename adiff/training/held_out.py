@@ -142,7 +142,7 @@ def held_out_scores(detector: AnomalyDetector, dataset: Dataset, rows: pd.DataFr
 
 # %% ../../nbs/training/05_held_out.ipynb #ebc4d38a
 def learn_normals(detector: AnomalyDetector, dataset: Dataset) -> None:
-    "Fits memory, normalisation and thresholds on the normals of `dataset`; warns if the thresholds rest on few."
+    "Fits memory, normalisation and thresholds on the normals of `dataset`; says how far the thresholds can be trusted."
     train, held_out = dataset.select("train"), dataset.select("validation")
     count = held_out.category.value_counts()
     few = [name for name in dataset.categories if count.get(name, 0) < _enough]
@@ -158,9 +158,10 @@ def learn_normals(detector: AnomalyDetector, dataset: Dataset) -> None:
     scores, row = held_out_scores(detector, dataset, rows, train, scaled)
     detector.calibrate(scores, rows.category.to_numpy()[row], row)
     seen = "; the network has seen most of them, so it may be too low" if is_trained(detector) else ""
-    for name in few if os.environ.get("RANK", "0") == "0" else ():  # of several processes, one says it
+    for name in dataset.categories if os.environ.get("RANK", "0") == "0" else ():  # of several processes, one says it
         if one := (detector.config.calibration or {}).get(name):
             low, high = (100 * share for share in one["interval"])
-            _log.warning("%s: the threshold comes from %d normal files, each judged by what was learned without it%s: "
-                         "%.0f to %.0f %% of new normals may be called anomalous; adiff calibrate MODEL FOLDER sets it "
-                         "from more", name, one["n"], seen, low, high)
+            level, which = ((logging.WARNING, f"normal files, each judged by what was learned without it{seen}")
+                            if name in few else (logging.INFO, "normal files that were held out"))
+            _log.log(level, "%s: the threshold comes from %d %s: %.0f to %.0f %% of new normals may be called "
+                     "anomalous; adiff calibrate MODEL FOLDER sets it from more", name, one["n"], which, low, high)

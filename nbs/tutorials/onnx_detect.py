@@ -9,8 +9,8 @@ from PIL import Image, ImageOps
 model, picture, out, *category = sys.argv[1:]
 session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
 facts = json.loads(session.get_modelmeta().custom_metadata_map["adiff"])
-if facts["processor"].get("tile"):
-    sys.exit("this detector looks at tiles, which are not cut here; use adiff detect")
+if facts["processor"].get("tile") or "resize" not in facts["processor"]:
+    sys.exit("this detector looks at tiles or hears sounds, which are not prepared here; use adiff detect")
 if len(category or facts["categories"]) != 1 or not set(category) <= set(facts["categories"]):
     sys.exit(f"say which category the picture shows: {', '.join(facts['categories'])}")
 category = (category or facts["categories"])[0]
