@@ -106,8 +106,8 @@ def read_dataset(
         place, told = _unpacked(root), split_table or normal or abnormal or masks
         found = None if told else urbansound8k.read_if_urbansound8k(place, categories, test_fold)
         if found is None:
-            raise InputError(f"test_fold {test_fold}: {root} is not read as UrbanSound8K, and only that has such folds; "
-                             "leave it out")
+            raise InputError(f"test_fold {test_fold}: {root} is not read as UrbanSound8K, and only that has such "
+                             "folds; leave it out")
         return _told(found, place)
     if split_table is not None:
         return _told(read_split_table(root, categories, split_table), root)

@@ -111,7 +111,8 @@ def _held_out(train: pd.DataFrame) -> set[str]:
 def _without_shared(clips: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     "`clips` with the column split, less those whose recording is in the test, or of validation in training; notes."
     notes = []
-    for kept, where, others in (("test", "test fold", ["train", "validation"]), ("train", "training folds", ["validation"])):
+    for kept, where, others in (("test", "test fold", ["train", "validation"]),
+                                ("train", "training folds", ["validation"])):
         shared = clips.split.isin(others) & clips.recording.isin(clips.recording[clips.split == kept])
         if shared.any():
             names = ", ".join(sorted(set(clips.recording[shared])))
