@@ -9,6 +9,7 @@ import pytest
 from adiff.core import InputError
 from adiff.data.reading import read_dataset
 from adiff.data.urbansound8k import CLASSES, RARE_EVENTS, read_urbansound8k
+from adiff.runs.fit import fit
 
 COLUMNS = ["slice_file_name", "fsID", "start", "end", "salience", "fold", "classID", "class"]
 PROBLEMS = (*CLASSES, "rare_events")
@@ -148,13 +149,39 @@ def test_duration_alone_is_told(tree):
     assert "siren: duration alone has AUROC 0.56 on this test fold" in notes  # 1 of the 9 other classes is not of 3 s
 
 
-def test_a_recording_in_the_test_fold_and_another_is_refused(tmp_path):
+def test_a_recording_in_the_test_fold_and_another_only_tests(tmp_path):
     table = small_table()
-    table.loc[table.fsID == 9000, "fsID"] = 3000
-    write_tree(tmp_path, table)
-    with pytest.raises(InputError, match=r"fsID\) 3000 has clips in folds 4 and 10") as caught:
-        read_urbansound8k(tmp_path)
-    assert "\n" not in str(caught.value)
+    table.loc[table.fsID == 9000, "fsID"] = 3000  # air conditioners of folds 10 and 4
+    dataset = read_urbansound8k(write_tree(tmp_path, table))
+    assert "fsID 3000 has clips in the test fold too: 2 clips of fold 4 are left out" in dataset.notes
+    assert [len(dataset.select(split, "air_conditioner")) for split in ("test", "train")] == [60, 46]
+    assert not dataset.samples.path.str.contains("/3000-").any()
+
+
+@pytest.mark.parametrize("test_fold", range(1, 11))
+def test_each_fold_tests_and_the_one_before_validates(tree, test_fold):
+    dataset = read_urbansound8k(tree, "siren", test_fold)
+    folds = dataset.samples.path.str.extract(r"fold(\d+)/", expand=False).astype(int)
+    before = {1: 10}.get(test_fold, test_fold - 1)
+    assert set(folds[dataset.samples.split == "test"]) == {test_fold}
+    assert set(folds[dataset.samples.split == "validation"]) == {before}
+    assert set(folds[dataset.samples.split == "train"]) == set(range(1, 11)) - {test_fold, before}
+    assert_no_leak(dataset.samples)
+    assert (dataset.fingerprint() == read_urbansound8k(tree, "siren").fingerprint()) == (test_fold == 10)
+
+
+def test_a_test_fold_that_is_not_there_is_refused(tmp_path):
+    write_tree(tmp_path / "part", small_table(), (1, 2, 10))
+    message = "test_fold 3: no clip is there, only folds 1, 2 and 10"
+    with pytest.raises(InputError, match=message):
+        read_dataset(tmp_path / "part", test_fold=3)
+    with pytest.raises(InputError, match=message):
+        fit("one-class-svm", tmp_path / "part", tmp_path / "run", overrides={"data": {"test_fold": 3}})
+    with pytest.raises(InputError, match="data.test_fold"):
+        fit("one-class-svm", tmp_path / "part", tmp_path / "run", overrides={"data": {"test_fold": 11}})
+    with pytest.raises(InputError, match="test_fold 3: .* is not read as UrbanSound8K"):
+        read_dataset(tmp_path / "part" / "audio", test_fold=3)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_recording_in_folds_1_and_9_does_not_validate(tmp_path):
@@ -245,6 +272,10 @@ def test_the_whole_official_tree(official, tmp_path):
     assert_no_leak(read_urbansound8k(tmp_path, "rare_events").samples)
     assert "training: folds 1 to 8; validation: fold 9; test: fold 10" in dataset.notes
     assert any(note.startswith("fsID 180937 has clips in the training folds too: 16 clips") for note in dataset.notes)
+    swapped = read_urbansound8k(tmp_path, test_fold=1)  # shares recordings with folds 4, 8 and 9
+    shared = "fsID 106905, 132016, 176638, 180937 has clips in the test fold too"
+    assert any(note.startswith(shared) for note in swapped.notes)
+    assert_no_leak(swapped.samples)
     assert len(dataset.select("train")) == 7079 and len(dataset.select("validation")) == 816 - 16
     for file in (tmp_path / "audio/fold9").iterdir():
         file.unlink()

@@ -89,18 +89,26 @@ def read_dataset(
     normal: str | Sequence[str] | None = None,    # folders or patterns of files that are normal
     abnormal: str | Sequence[str] | None = None,  # of files that are anomalous
     masks: str | Sequence[str] | None = None,     # of files that are masks
+    test_fold: int | None = None,                 # of UrbanSound8K: the fold that tests, 1 to 10; None: 10
 ) -> Dataset:
     """The `Dataset` in folder `root`: one of the layouts of `adiff.data.layouts`, UrbanSound8K, or a plain folder.
 
     Before a folder is taken for a plain one, the readers that installed packages offer under `adiff.datasets` are asked
     (`adiff.extensions`). A `split_table`, or `normal`, `abnormal` and `masks`, say instead what each file is. `notes`
     tells of absent files, missing masks, skipped folders and held-out normals, `left_out` of all other files in `root`,
-    `summary()` of everything. Raises `InputError` for an unknown category, a folder that fits no layout, or one whose
-    names say that not all is normal.
+    `summary()` of everything. Raises `InputError` for an unknown category, a folder that fits no layout, one whose
+    names say that not all is normal, and a `test_fold` of anything but UrbanSound8K.
     """
     root = Path(os.path.abspath(root))
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; give the dataset's root")
+    if test_fold is not None:
+        place, told = _unpacked(root), split_table or normal or abnormal or masks
+        found = None if told else urbansound8k.read_if_urbansound8k(place, categories, test_fold)
+        if found is None:
+            raise InputError(f"test_fold {test_fold}: {root} is not read as UrbanSound8K, and only that has such "
+                             "folds; leave it out")
+        return _told(found, place)
     if split_table is not None:
         return _told(read_split_table(root, categories, split_table), root)
     if normal or abnormal or masks:

@@ -91,6 +91,8 @@ class DataConfig(BaseModel):
         "beside the whole; null: the whole alone")
     tile_overlap: float = Field(0.25, ge=0, le=0.75, description="share of a tile that overlaps with the next")
     rotate: bool = Field(False, description="of images: learn each normal one in four orientations")
+    test_fold: int | None = Field(
+        None, ge=1, le=10, description="of UrbanSound8K: the fold that tests, the one before it validates; null: 10")
     sample_rate: int = Field(LogMel.sample_rate, ge=1000, le=10**7, description="of sounds, in Hz")
     seconds: float = Field(LogMel.seconds, gt=0, description="length of the windows that sounds are looked at in")
     mel_bands: int = Field(LogMel.size, ge=16, le=4096, description="of sounds; a window has as many time steps")

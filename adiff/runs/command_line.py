@@ -391,7 +391,8 @@ def reproduce(matrix, out_dir, dry_run, only, parameters, data, retry, engine, e
 
     Given again, it goes on with what is missing.
 
-    Shipped: demo, deco_mvtec, deco_visa, adiff_mvtec, adiff_urbansound8k, ablation_deco, ablation_adiff, baselines.
+    Shipped: demo, deco_mvtec, deco_visa, adiff_mvtec, adiff_urbansound8k, adiff_urbansound8k_folds, ablation_deco,
+    ablation_adiff, baselines.
     """
     lab = _lab("reproduce")
     selected = dict(parameters=_values(parameters, "--parameter"), data=_pairs(data, "--data"),

@@ -56,7 +56,9 @@ def describe_run(method: str, data_root: AnyPath, preset: str, categories: str |
     "What makes a run the run it is (a dict), its full configuration, and its dataset. Raises `InputError`."
     _check_names(method, preset, overrides, seed)
     root = Path(os.path.abspath(data_root))
-    told = {name: patterns_below(root, given) for name, given in (labels or {}).items() if given}
+    told: dict[str, Any] = {name: patterns_below(root, given) for name, given in (labels or {}).items() if given}
+    if fold := ((overrides or {}).get("data") or {}).get("test_fold"):
+        told["test_fold"] = fold
     dataset = read_dataset(data_root, categories, split_table, **told)
     config = resolve_config(method, preset, overrides, seed, dataset.kind)
     about = {"name": dataset.name, "root": str(Path(data_root).resolve()), "categories": dataset.categories,
