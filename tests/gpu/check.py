@@ -305,6 +305,7 @@ def main():
     parser.add_argument("--data", type=Path, help="dataset of the joint model; default: the demo's photographs")
     parser.add_argument("--only", nargs="*", choices=PARTS, help="these parts alone")
     options = parser.parse_args()
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # of several GPUs one, for the commands that are started, too
     if not options.rehearse and not torch.cuda.is_available():
         parser.exit(2, "check.py: torch sees no GPU here; --rehearse runs the same code on the CPU\n")
     device = "cpu" if options.rehearse else "cuda"
