@@ -431,7 +431,7 @@ def _inputs(callbacks):
             model = gr.Dropdown(names, value=0, label="Model", visible=len(names) > 1)
             category = gr.Dropdown(label="Category", elem_id="category", **callbacks.controls(0)[0])
         with gr.Column(scale=2, visible=bool(thumbnails)):
-            gr.Markdown("#### Or choose a test file of the model's run")
+            gr.Markdown("#### Or choose a test file from the model's run")
             gallery = gr.Gallery(thumbnails, show_label=False, elem_id="examples", height=230, allow_preview=False,
                                  buttons=[], interactive=False)
     return path, file, gallery, model, category
