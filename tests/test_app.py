@@ -196,10 +196,13 @@ def test_what_the_network_sees(page, place):
 
 
 def test_two_tabs_keep_their_own_answers(page, place, address):
-    other = Browser(page.port, page.call("Target.createTarget", url=address)["targetId"])
+    tab = page.call("Target.createTarget", url=address)["targetId"]
+    other = Browser(page.port, tab)
     page.upload(place / "cup/cup/test/hole/000.png")
     other.upload(place / "pump/pump/test/knock/000.wav")
     assert "cup" in page.wait(VERDICT) and "pump" in other.wait(VERDICT)
+    page.call("Target.closeTarget", targetId=tab)
+    page.call("Page.bringToFront")  # a hidden page loads no pictures
 
 
 def test_a_sound_goes_to_the_model_of_sounds(page, place):
