@@ -102,7 +102,6 @@ def describe_device(device):
 # %% ../nbs/02_machine.ipynb #f9c73e3c
 def _use_deterministic():
     "From now on in this process, on a GPU too, the same call gives the same bits."
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     torch.use_deterministic_algorithms(True)
     memory: Any = torch.utils.deterministic
     memory.fill_uninitialized_memory = False  # a check for bugs, which costs time
@@ -132,7 +131,8 @@ def use_machine(device, deterministic=False, record=None):
     if deterministic:
         _use_deterministic()
     _choose_threads(record)
-    if device.type == "cuda":
+    if device.type == "cuda":  # cuBLAS reads this once, when it starts; a later training may promise the same bits
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         _use_tf32()
     settings = MachineSettings(
         device=describe_device(device), threads=torch.get_num_threads(), deterministic=deterministic,

@@ -34,11 +34,12 @@ PATIENCE = 120  # seconds: other tests run beside
 class Browser:
     "A page in headless Chromium, driven by its DevTools protocol; `requests` are the addresses that it asked for."
 
-    def __init__(self, port):
+    def __init__(self, port, tab=None):
         import websocket
 
-        pages = json.loads(get(f"http://127.0.0.1:{port}/json"))
-        address = next(page["webSocketDebuggerUrl"] for page in pages if page["type"] == "page")
+        self.port, pages = port, json.loads(get(f"http://127.0.0.1:{port}/json"))
+        address = next(page["webSocketDebuggerUrl"] for page in pages
+                       if page["type"] == "page" and tab in (None, page["id"]))
         self.socket = websocket.create_connection(address, timeout=PATIENCE, suppress_origin=True)
         self.number, self.requests = 0, []
         for domain in ("Page", "Network", "DOM", "Runtime"):
@@ -168,7 +169,7 @@ def test_nothing_is_loaded_from_elsewhere(page, address):
 def test_an_upload_is_judged_and_sliders_change_the_pictures(page, place):
     page.upload(place / "cup/cup/test/hole/000.png")
     verdict, whole = page.wait(VERDICT), page.wait(picture("overlay"))
-    assert "threshold" in verdict and "visits t = 8, 6, 4, 2, 0 of 10" in verdict
+    assert "threshold" in verdict and "visits t = 8, 6, 4, 2, 0 (of 10 timesteps)" in verdict
     size = page.value("[document.querySelector('#overlay img').naturalWidth, "
                       "document.querySelector('#overlay img').naturalHeight]")
     assert tuple(size) == Image.open(place / "cup/cup/test/hole/000.png").size
@@ -194,6 +195,16 @@ def test_what_the_network_sees(page, place):
     page.wait(picture("corrupted"), unlike=seen)
 
 
+def test_two_tabs_keep_their_own_answers(page, place, address):
+    tab = page.call("Target.createTarget", url=address)["targetId"]
+    other = Browser(page.port, tab)
+    page.upload(place / "cup/cup/test/hole/000.png")
+    other.upload(place / "pump/pump/test/knock/000.wav")
+    assert "cup" in page.wait(VERDICT) and "pump" in other.wait(VERDICT)
+    page.call("Target.closeTarget", targetId=tab)
+    page.call("Page.bringToFront")  # a hidden page loads no pictures
+
+
 def test_a_sound_goes_to_the_model_of_sounds(page, place):
     page.upload(place / "pump/pump/test/knock/000.wav")
     assert "pump" in page.wait(VERDICT)
@@ -211,6 +222,9 @@ def test_bad_files_get_one_line(page, tmp_path):
     page.upload(tmp_path / "broken.png")
     message = page.wait(MESSAGE)
     assert "broken.png: not an image" in message and str(tmp_path) not in message and "/tmp" not in message
+    page.wait("/No answer/.test(document.querySelector('#verdict').innerText)")  # it stays when the message has gone
+    assert "broken.png: not an image" in page.value("document.querySelector('#verdict').innerText")
+    assert not page.value(picture("overlay"))
 
 
 def test_a_hostile_name_is_text(page, place, tmp_path):
@@ -241,7 +255,8 @@ def get(address, **data):
 
 def test_no_file_of_the_machine_can_be_read(address, place):
     (place / "secret.txt").write_text("secret")
-    for path in (place / "secret.txt", "secret.txt", "/etc/hostname", place / "pictures/config.json",
+    (place / "link.txt").symlink_to("secret.txt")
+    for path in (place / "secret.txt", "secret.txt", place / "link.txt", "/etc/hostname", place / "pictures/config.json",
                  place / "cup/cup/test/hole/000.png", "..%2f..%2fetc/hostname"):
         with pytest.raises(urllib.error.HTTPError) as refused:
             get(f"{address}/gradio_api/file={path}")

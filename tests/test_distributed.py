@@ -2,6 +2,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -183,6 +184,48 @@ def test_interrupted_and_killed_runs_go_on_and_leave_no_process_behind(data, two
     assert all(torch.equal(resumed[name], never_stopped[name]) for name in never_stopped)
     steps = [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 21)) and json.loads((run / "config.json").read_text())["processes"] == 2
+
+
+SRUN = """import sys, time; from pathlib import Path; import psutil
+run, once = psutil.Popen(sys.argv[1:]), Path(sys.argv[0]).with_name("stopped")
+while not once.exists() and run.poll() is None:
+    time.sleep(0.05)
+    if list(Path("runs/joint/checkpoints").glob("step_*.pt")):
+        once.touch()
+        for one in [run, *run.children(recursive=True)]:
+            one.terminate()
+sys.exit(run.wait())"""
+ADIFF = "from adiff.runs.command_line import main; main()"
+
+
+def test_the_commands_of_the_page_on_gpus(data, two, tmp_path, repository):
+    "Slurm's script, whose srun tells all processes to stop once, as Slurm does, and its scontrol; then torchrun's line."
+    page = (repository / "nbs/docs/gpu.md").read_text()
+    small = [f"-o {section}.{name}={value}" for section, values in OVERRIDES.items() for name, value in values.items()]
+    here = {"/datasets/mvtec_ad": str(data), "--nproc_per_node=8": "--nproc_per_node=2",
+            "--preset gpu": " ".join(["--categories cup --device cpu", *small])}
+    script = re.search(r"```sh\n(#!/bin/bash\n.*?)```", page, re.DOTALL)[1].replace("fit deco", "fit deco --processes 2")
+    line = re.search(r"^torchrun .*", page, re.MULTILINE)[0].replace("runs/joint", "runs/torchrun")
+    for old, new in here.items():
+        script, line = script.replace(old, new), line.replace(old, new)
+    programs = {"srun": SRUN, "adiff": ADIFF, "torchrun": "from torch.distributed.run import main; main()"}
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!{sys.executable}\n{text}\n")
+    (tmp_path / "scontrol").write_text("#!/bin/bash\necho $@ >> requeued\n")
+    for name in (*programs, "scontrol"):
+        (tmp_path / name).chmod(0o755)
+    bash = partial(subprocess.run, cwd=tmp_path, text=True, capture_output=True, env={
+        **os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "OMP_NUM_THREADS": "1"})
+    first = bash(["bash", "-c", script])
+    assert first.returncode == 143, first.stderr
+    assert (tmp_path / "requeued").read_text() == "requeue 7\n" and not (tmp_path / "runs/joint/model").exists()
+    for command in (script, line):
+        done = bash(["bash", "-c", command])
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "requeued").read_text() == "requeue 7\n"
+    weights = [AnomalyDetector.from_pretrained(run / "model").network.state_dict()
+               for run in (two / "own", tmp_path / "runs/joint", tmp_path / "runs/torchrun")]
+    assert all(torch.equal(weights[0][name], other[name]) for other in weights[1:] for name in other)
 
 
 def test_maps_of_two_processes_are_those_of_one(data, two, tmp_path):
