@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['file_size', 'suffixes', 'kind_of', 'Survey', 'survey', 'count_reasons', 'find_files', 'find_images', 'find_sounds',
-           'files_in', 'files_below', 'folders_in', 'words', 'label_of', 'image_of_mask']
+           'files_in', 'files_below', 'folders_in', 'words', 'label_of', 'image_of_mask', 'said_of']
 
 # %% ../../nbs/data/00_files.ipynb #d19ce95b
 import os
@@ -13,7 +13,7 @@ import stat
 from collections import Counter
 from collections.abc import Collection, Iterable
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import soundfile
@@ -69,6 +69,13 @@ def _checked_name(path: Path) -> Path:
     return path
 
 # %% ../../nbs/data/00_files.ipynb #cc6e0833
+_of_systems = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information"}
+
+
+def _hidden(name: str) -> bool:
+    return name[0] == "." or name in _of_systems
+
+
 class Survey(NamedTuple):
     "The `files` of a folder that count, sorted, and what was left out: (path, why)."
 
@@ -90,14 +97,14 @@ def survey(folder: AnyPath, kinds: Collection[str] = ("image", "sound")) -> Surv
             folders.clear()
             continue
         seen.add(place)
-        left_out += [(Path(inside, name), "hidden") for name in (*folders, *names) if name[0] == "."]
-        folders[:] = sorted(name for name in folders if name[0] != ".")
-        for path in (Path(inside, name) for name in names if name[0] != "."):
+        left_out += [(Path(inside, name), "hidden") for name in (*folders, *names) if _hidden(name)]
+        folders[:] = sorted(name for name in folders if not _hidden(name))
+        for path in (Path(inside, name) for name in names if not _hidden(name)):
             if kind_of(path) in kinds:
                 files.append(_checked_name(path))
             else:
                 left_out.append((path, f"suffix {path.suffix.lower()}" if path.suffix else "no suffix"))
-    return Survey(sorted(files, key=lambda path: path.relative_to(folder).as_posix()), left_out)
+    return Survey(sorted(files, key=lambda path: path.relative_to(folder).as_posix()), sorted(left_out))
 
 
 def _closed_folder(error: OSError) -> None:
@@ -152,7 +159,7 @@ def folders_in(folder: Path) -> list[Path]:
     "Sorted paths of the visible folders directly in `folder`; empty if there is no such folder."
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not _hidden(path.name))
 
 # %% ../../nbs/data/00_files.ipynb #eb37e31a
 def words(name: str) -> str:
@@ -161,14 +168,16 @@ def words(name: str) -> str:
     return " ".join(re.findall(r"[^\W\d_]+", parted)).casefold()
 
 
-_good = r"good|ok|okay|normals?|nominal|pass|passed|healthy|flawless|intact"
-_bad = (r"bad|ng|nok|ko|defects?|defective|defected|abnormal|abnormals|anomaly|anomalies|anomalous|faults?|faulty|fail"
-        r"|failed|failures?|rejects?|rejected|broken|damaged?|scrap|scrapped")
+_good = r"good|ok|okay|normals?|nominal|pass|passed|healthy|flawless|intact|perfect|accept(?:ed|able)"
+_bad = (r"bad|ng|nok|nio|ko|defect(?:s|ive|ives|ed)?|abnormal(?:s|ity|ities)?|anomal(?:y|ies|ous)|fault(?:s|y)?"
+        r"|fail(?:s|ed|ures?)?|reject(?:s|ed)?|broken|damage[sd]?|scrap(?:s|ped)?|flaw(?:s|ed)?|wrong|errors?|outliers?"
+        r"|corrupt(?:ed)?|contaminated")
 _saying = {  # in this order; what a pattern has matched is taken out before the next one looks
-    "mask": r"masks?|gts?|ground ?truths?|annotations?|segmentations?",
-    "normal": rf"(?:no|non|not|without) ?(?:{_bad})|(?:defect|defects|fault|anomaly) (?:free|less)",
-    "anomalous": rf"(?:no|non|not|un) ?(?:{_good})|{_bad}",
-    "normal ": _good}
+    "mask": r"masks?|gts?|ground ?truths?|annotations?|segs?|segmentations?|^(?:pixel ?)?labels?$",
+    "normal": rf"(?:no|non|not|un|zero|without) ?(?:{_bad})|(?:{_bad}) ?(?:free|less)",
+    "anomalous": rf"(?:no|non|not|un|im|in) ?(?:{_good})|{_bad}",
+    "normal ": _good,
+    "mixed": "positives?|negatives?|scratch(?:es|ed)?|cracks?|cracked|dents?|dented|stains?|stained"}
 
 # %% ../../nbs/data/00_files.ipynb #618f4e16
 @cache
@@ -178,15 +187,26 @@ def label_of(name: str) -> str | None:
     for meaning, pattern in _saying.items():
         text, count = re.subn(rf"\b(?:{pattern})\b", "|", text)
         said |= {meaning.strip()} if count else set()
-    if "mask" in said:
-        return "mask"
+    if "mask" in said or said == {"anomalous", "mixed"}:
+        return "mask" if "mask" in said else "anomalous"
     return "mixed" if len(said) > 1 else next(iter(said), None)
 
 # %% ../../nbs/data/00_files.ipynb #786e643a
-_mask_ending = re.compile(r"(.+?)[ _.-](?:mask|gt|label|ground[ _-]?truth)s?(?:[ _-]?\d+)?", re.IGNORECASE)
+_mask_ending = re.compile(r"(.+?)[ _.-](?:mask|gt|label|ground[ _-]?truth|seg(?:mentation)?|anno(?:tation)?)s?"
+                          r"(?:[ _-]?\d+)?", re.IGNORECASE)
 
 
 def image_of_mask(stem: str) -> str | None:
     "The stem of the image that a mask with this `stem` belongs to, or None if it is not called like a mask."
     found = _mask_ending.fullmatch(stem)
     return found[1] if found else None
+
+# %% ../../nbs/data/00_files.ipynb #5a1d0f02
+def said_of(path: Path | PurePosixPath) -> str | None:
+    "What the names of a relative `path` say: its nearest folder that says something, and the file. See `label_of`."
+    mask = image_of_mask(path.stem) and "label" not in path.stem.casefold()  # labels are photographed, too
+    folder = next((said for part in path.parts[-2::-1] if (said := label_of(part))), None)
+    all_said = {"mask" if mask else label_of(path.name), folder} - {None}
+    if "mask" in all_said:
+        return "mask"
+    return "mixed" if len(all_said) > 1 else next(iter(all_said), None)
