@@ -515,9 +515,25 @@ def test_own_thresholds_and_outputs_of_detection(model, tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").rglob("*.*")) == ["b.png_overlay.png", "scores.csv"]
     higher = detect_files(model, [tmp_path / "new"], tmp_path / "out", device="cpu", false_positive_rate=0.001, save=())
     assert (higher.threshold > found.threshold).all()
-    for wrong in (dict(threshold=1.0, false_positive_rate=0.1), dict(false_positive_rate=2.0), dict(save=("heat",))):
+    for wrong in (dict(threshold=1.0, false_positive_rate=0.1), dict(false_positive_rate=2.0), dict(save=("heat",)),
+                  dict(threshold=float("nan")), dict(threshold=float("inf"))):
         with pytest.raises(InputError):
             detect_files(model, [tmp_path / "new"], tmp_path / "out", device="cpu", **wrong)
+
+
+def test_what_a_detection_has_drawn_is_never_read_and_tables_of_others_are_never_replaced(model, tmp_path):
+    new = photos(tmp_path / "new", range(50, 53), size=(300, 200))
+    detect_files(model, [new], new / "found", device="cpu", save=OUTPUTS)
+    for out in (tmp_path / "out", new / "found", new):
+        assert len(detect_files(model, [new], out, device="cpu", save=("masks",))) == 3
+    dataset = read_dataset(new)
+    assert len(dataset.samples) == 3 and any("drawn by a detection" in line for line in dataset.left_out)
+    for name in ("scores.csv", "regions.csv"):
+        (mine := tmp_path / f"mine of {name}" / name).parent.mkdir()
+        mine.write_text("name,mark\nBob,1\n")
+        with pytest.raises(InputError, match="not written by a detection"):
+            detect_files(model, [new], mine.parent, device="cpu")
+        assert [path.name for path in mine.parent.rglob("*")] == [name] and "Bob" in mine.read_text()
 
 
 def test_calibrate_sets_the_threshold_anew(model, tmp_path):
@@ -609,9 +625,11 @@ def test_masks_by_stated_rules(tmp_path):
     grey = Image.fromarray(mask * np.uint8(255))
     clear = Image.new("RGBA", grey.size, (255, 0, 0, 0))
     clear.putalpha(grey)
-    written = {"one.png": Image.fromarray(mask * np.uint8(1)), "white.png": grey, "lossy.jpg": grey, "alpha.png": clear}
+    red = Image.merge("RGB", (grey, *[Image.new("L", grey.size)] * 2))
+    written = {"one.png": Image.fromarray(mask * np.uint8(1)), "white.png": grey, "lossy.jpg": grey, "lossy.webp": grey,
+               "lossy.avif": grey, "lossy.jp2": grey, "red.jpg": red, "alpha.png": clear}
     for name, one in written.items():
-        one.save(tmp_path / name)
+        one.save(tmp_path / name, **({"quality_layers": [40]} if name == "lossy.jp2" else {"quality": 60}))
         assert (np.asarray(open_mask(tmp_path / name)) > 0).sum() == pytest.approx(mask.sum(), rel=0.1), name
     Image.fromarray(mask * np.uint8(1)).save(tmp_path / "faint.jpg")
     if np.asarray(Image.open(tmp_path / "faint.jpg")).max():
@@ -629,11 +647,13 @@ def test_a_mask_is_turned_like_its_image_and_an_inverted_one_is_named(tmp_path, 
     (tmp_path / "part/ground_truth/dent").mkdir(parents=True)
     Image.fromarray(painted).save(tmp_path / "part/ground_truth/dent/1_mask.png")
     Image.new("L", (30, 40), 255).save(tmp_path / "part/ground_truth/dent/2_mask.png")
+    save(tmp_path / "part/test/dent/3.jpg", size=(40, 30))
+    Image.new("L", (40, 30)).save(tmp_path / "part/ground_truth/dent/3_mask.png")
     dataset, caplog.handler.level = read_dataset(tmp_path), 0
     with caplog.at_level("INFO", "adiff"):
-        turned, whole = (dataset.mask(row, FULL_FRAME.at(32)) for row in dataset.select("test").itertuples())
+        turned, whole, none = (dataset.mask(row, FULL_FRAME.at(32)) for row in dataset.select("test").itertuples())
     assert turned[2, 30] and not turned[2, 2] and "turned like its image" in caplog.text
-    assert whole.all() and "inverted" in caplog.text
+    assert whole.all() and "inverted" in caplog.text and not none.any() and "3_mask.png: the mask is empty" in caplog.text
 
 
 # ---- the edges of the one-line contract

@@ -93,7 +93,10 @@ class Dataset(_Table):
             return None
         if not label:
             return processor.mask(None)
-        found = processor.mask(mask_of_image([self.root/one for one in file.split("\n")], self.root/row.path))
+        mask = mask_of_image([self.root/one for one in file.split("\n")], self.root/row.path)
+        if not mask.getbbox():
+            _log.warning("%s: the mask is empty, but its picture %s is anomalous", file, row.path)
+        found = processor.mask(mask)
         if found.mean() > 0.9:
             _log.warning("%s: the mask covers %.0f %% of its picture; is it inverted?", file, 100 * found.mean())
         return found

@@ -203,17 +203,18 @@ def binary_mask(mask: Image.Image) -> Image.Image:
 
 
 def open_mask(path: AnyPath) -> Image.Image:
-    """The mask in a file, as `binary_mask` gives it. Of a JPEG, whose zeros are not exact, what is above 127 counts.
+    """The mask in a file, as `binary_mask` gives it. Of a format with losses, whose zeros are not exact, what is above
+    127 counts.
 
-    Raises `InputError` for a JPEG in which that would be nothing, and for what cannot be read.
+    Raises `InputError` for such a file in which that would be nothing, and for what cannot be read.
     """
     file_size(path)
     with _explained(path), Image.open(path) as image:
-        if image.format not in ("JPEG", "MPO"):
+        if image.format not in ("JPEG", "MPO", "WEBP", "AVIF", "JPEG2000"):
             return binary_mask(ImageOps.exif_transpose(image))
-        values = np.asarray(ImageOps.exif_transpose(image).convert("L"))
+        values, name = np.asarray(ImageOps.exif_transpose(image).convert("RGB")).max(-1), image.format
     if 0 < values.max() < 128:
-        raise InputError(f"{path}: a JPEG mask with values up to {values.max()} may be noise; store it as PNG")
+        raise InputError(f"{path}: a {name} mask with values up to {values.max()} may be noise; store it as PNG")
     return Image.fromarray((values > 127) * np.uint8(255))
 
 # %% ../../nbs/data/02_images.ipynb #278f954f
