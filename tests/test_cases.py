@@ -343,10 +343,26 @@ def test_one_normal_file_gives_no_threshold_and_says_so(tmp_path, caplog, one_th
 
 
 def test_identical_normals_have_no_spread(tmp_path, one_thread):
-    tree(tmp_path / "photos", *numbered("{}.png", 6), size=(64, 64))
+    (tmp_path / "photos").mkdir()
+    for number in range(6):
+        Image.new("L", (64, 64), 255).save(tmp_path / f"photos/{number}.png", compress_level=number)
     detector = train("knn", tmp_path / "photos", tmp_path / "run")
     found = detector([np.full((64, 64), 255, np.uint8)])
     assert detector.config.calibration["photos"]["std"] is None and np.isnan(found.normalized_scores[0])
+
+
+def test_copies_count_once(tmp_path, caplog, one_thread):
+    "Six pictures ten times are six: else each is judged by a memory of itself, and every new normal is flagged."
+    for number in range(60):
+        save(tmp_path / f"photos/{number:02}.png", number % 6)
+    assert "54 files are copies of others (first 06.png)" in read_dataset(tmp_path / "photos").summary()
+    detector = train("knn", tmp_path / "photos", tmp_path / "run")
+    assert detector.config.calibration["photos"]["n"] == 6 and "54 of 60 normal files are copies" in caplog.text
+    assert detector([plate(number)[0] for number in range(100, 110)]).is_anomalous.sum() <= 3
+    for number in range(6):
+        save(tmp_path / f"one/{number}.png", 0)
+    assert train("knn", tmp_path / "one", tmp_path / "run of one").config.calibration is None
+    assert "no threshold and no verdict" in caplog.text
 
 
 def test_long_recordings_have_the_threshold_of_their_length(tmp_path, one_thread):
