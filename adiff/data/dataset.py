@@ -181,7 +181,8 @@ def summary_text(dataset: Dataset, processor: Processor | None, image_size: int 
     "What `Dataset.summary` says."
     groups = [describe_group(dataset, split, label) for split in SPLITS for label in (0, 1)]
     table = pd.DataFrame([group for group in groups if group]).to_string(index=False, justify="left")
-    lines = [f"{dataset.kind}s in {dataset.root}: {', '.join(dataset.categories)}", table, *dataset.notes, *_copies_text(dataset)]
+    lines = [f"{dataset.kind}s in {dataset.root}: {', '.join(dataset.categories)}", table, *dataset.notes]
+    lines += _copies_text(dataset)
     lines += [f"left out: {line}" for line in dataset.left_out]
     if processor is not None:
         lines += processor.remains(image_size, sizes_of(dataset, dataset.samples.path))

@@ -40,26 +40,6 @@ def _scaled(values: np.ndarray, value_range: Range) -> np.ndarray:
     return np.rint(((values.astype(np.float64) - low) / (high - low)).clip(0, 1) * 255).astype(np.uint8)
 
 
-def _check_values(values: np.ndarray, name: object, value_range: Range | None) -> None:
-    "Raises `InputError` for values of more than 8 bits, or floats, that cannot be meant in this range."
-    low, high = float(values.min()), float(values.max())
-    known = "" if value_range is None else "values from {:.4g} to {:.4g}".format(*value_range)
-    if not math.isfinite(low + high):
-        raise InputError(f"{name}: some values are not finite numbers; replace them")
-    if value_range and values.dtype.kind == "f" and 0 <= low and high <= 1 and value_range[1] > 2:
-        raise InputError(f"{name}: floats in [0, 1], and the detector has learned {known}; give the camera's own values")
-    if value_range is None and values.dtype.kind != "f" and 0 < high < 4096:
-        raise InputError(f"{name}: 16 bits, but no value above {high:.0f}, which is almost black; scale it to 8 bits, as "
-                         "the pictures that were learned")
-
-
-def _check_8_bits(name: object, value_range: Range | None) -> None:
-    "Raises `InputError` for 8 bits where a range of more is known."
-    if value_range:
-        raise InputError("{}: has to be a picture or an array of more than 8 bits, because the detector has learned "
-                         "values from {:.4g} to {:.4g}".format(name, *value_range))
-
-
 def _from_array(values: np.ndarray, name: object, value_range: Range | None = None) -> Image.Image:
     "A PIL image from (H, W) or (H, W, 1|3|4): bool, uint8, uint16 (65535 = white) or float in [0, 1], or in a range."
     values = values[..., 0] if values.ndim == 3 and values.shape[-1] == 1 else values
@@ -84,6 +64,27 @@ def _from_array(values: np.ndarray, name: object, value_range: Range | None = No
     else:
         raise InputError(f"{name}: values of type {values.dtype}; use uint8, uint16 or floats in [0, 1]")
     return Image.fromarray(values)
+
+# %% ../../nbs/data/02_images.ipynb #5a1d0f31
+def _check_values(values: np.ndarray, name: object, value_range: Range | None) -> None:
+    "Raises `InputError` for values of more than 8 bits, or floats, that cannot be meant in this range."
+    low, high = float(values.min()), float(values.max())
+    known = "" if value_range is None else "values from {:.4g} to {:.4g}".format(*value_range)
+    if not math.isfinite(low + high):
+        raise InputError(f"{name}: some values are not finite numbers; replace them")
+    if value_range and values.dtype.kind == "f" and 0 <= low and high <= 1 and value_range[1] > 2:
+        raise InputError(f"{name}: floats in [0, 1], and the detector has learned {known}; give the camera's "
+                         "own values")
+    if value_range is None and values.dtype.kind != "f" and 0 < high < 4096:
+        raise InputError(f"{name}: 16 bits, but no value above {high:.0f}, which is almost black; scale it to 8 bits, "
+                         "as the pictures that were learned")
+
+
+def _check_8_bits(name: object, value_range: Range | None) -> None:
+    "Raises `InputError` for 8 bits where a range of more is known."
+    if value_range:
+        raise InputError("{}: has to be a picture or an array of more than 8 bits, because the detector has learned "
+                         "values from {:.4g} to {:.4g}".format(name, *value_range))
 
 # %% ../../nbs/data/02_images.ipynb #74286ea0
 def _to_rgb(image: Image.Image, name: object, value_range: Range | None = None) -> Image.Image:
@@ -139,8 +140,8 @@ def read_image(source: Any, value_range: Range | None = None) -> Image.Image:
     """RGB, 8-bit, upright PIL image from a path, a PIL image, a numpy array, the bytes of a file or an open file.
 
     Arrays: (H, W) or (H, W, 1|3|4), bool, uint8, uint16 or float in [0, 1], in the order R, G, B. `value_range`: the
-    values of black and white for more than 8 bits; None: 0 and 65535, or 0 and 1 for floats. Refused are 8 bits and floats
-    in [0, 1] where a range of more is known, and 12 bits or less in 16 where none is. EXIF orientation is
+    values of black and white for more than 8 bits; None: 0 and 65535, or 0 and 1 for floats. Refused are 8 bits and
+    floats in [0, 1] where a range of more is known, and 12 bits or less in 16 where none is. EXIF orientation is
     applied; transparency is composited over white; of several frames the first is taken. Raises `InputError`, one line
     naming the file, for what is missing, corrupt, empty, huge (PIL's limit against decompression bombs, about 179
     million pixels) or out of range (NaN included).
@@ -338,15 +339,10 @@ class _Square(Processor):
         "float32 (height, width): a map (size, size) over the original of `size` (width, height), see `place_map`."
         return place_map(anomaly_map, size, self.resize, self.size)
 
-# %% ../../nbs/data/02_images.ipynb #eb00f4ab
+# %% ../../nbs/data/02_images.ipynb #5a1d0f33
 @dataclass(frozen=True)
-class ImageProcessor(_Square):
-    """Squeezes an image to `resize` x `resize` pixels (bicubic) and keeps the central `crop` (None: all of it).
-
-    The aspect ratio is ignored. `value_range`: see `read_image`. Raises `InputError` unless 1 <= crop <= resize.
-    """
-
-    def windows(self, source: Any) -> list[Any]: return [0.0]
+class _Tensors(_Square):
+    "From sources and from tensors of any usual range to inputs, see `ImageProcessor`."
 
     def read(self, source: Any) -> Image.Image:
         "`read_image`, in this range."
@@ -355,8 +351,6 @@ class ImageProcessor(_Square):
     def part(self, image: Image.Image, window: Any = 0.0) -> torch.Tensor:
         "The input (3, size, size) of a `window` of an RGB image."
         return to_tensor(self.image(image))
-
-    def load(self, source: Any, window: Any = 0.0) -> torch.Tensor: return self.part(self.read(source), window)
 
     def signed(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor in -1..1 from one (3, H, W) of whole numbers, 0..255, or of others: -1..1 if one is negative, 0..1
@@ -373,7 +367,7 @@ class ImageProcessor(_Square):
 
     def fitting(self, tensor: torch.Tensor) -> torch.Tensor:
         "`signed`. Raises `InputError` for what does not fit, and where a range of more than 8 bits is known."
-        if self.value_range and tensor.numel() and not (tensor < 0).any():
+        if self.value_range and tensor.numel() and tensor.double().min() >= 0:
             _check_8_bits("image tensor", self.value_range)
         return super().fitting(self.signed(tensor))
 
@@ -386,6 +380,18 @@ class ImageProcessor(_Square):
         if tensor.shape[-2:] == (self.size,) * 2:
             return self.fitting(tensor).float()
         return self.part(self.read_tensor(tensor))
+
+# %% ../../nbs/data/02_images.ipynb #eb00f4ab
+@dataclass(frozen=True)
+class ImageProcessor(_Tensors):
+    """Squeezes an image to `resize` x `resize` pixels (bicubic) and keeps the central `crop` (None: all of it).
+
+    The aspect ratio is ignored. `value_range`: see `read_image`. Raises `InputError` unless 1 <= crop <= resize.
+    """
+
+    def windows(self, source: Any) -> list[Any]: return [0.0]
+
+    def load(self, source: Any, window: Any = 0.0) -> torch.Tensor: return self.part(self.read(source), window)
 
     def picture(self, tensor: torch.Tensor) -> np.ndarray: return to_array(tensor)
 
