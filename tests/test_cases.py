@@ -105,6 +105,17 @@ def test_training_folders_of_other_names(tmp_path):
     ["pictures/1.jpg", "pictures/1.png", "pictures/2.jpg"],  # a PNG of two values beside its photograph
     ["ok_and_ng/1.png"],
     ["train/1.png"],
+    ["Train/1.png", "TEST/2.png"],
+    ["OK/1.png", "OK/ng/2.png", "NG/3.png"],        # one within the other
+    ["OK/1.png", "OK/2_ng.png", "NG/3.png"],
+    ["NG/ok/1.png", "NG/2.png", "OK/3.png"],
+    ["part/train/good/1.png", "part/train/good/bad/2.png", "part/test/dent/3.png"],
+    ["part/train/good/1.png", "part/test/good/2.png", "part/test/good/crack/3.png"],
+    ["part/train/good/1.png", "part/test/Label/2_label.png", "part/test/crack/2.png"],
+    ["positive/1.png", "negative/2.png"],           # good for the customer, or positive in the test?
+    ["2024/jan/1.png", "2024/feb/scratched/2.png"],
+    ["1.png", "1_label.png", "2.png"],
+    ["images/1.png", "labels/2.png"],
 ])
 def test_what_names_several_things_is_refused(tmp_path, names):
     tree(tmp_path / "x", *names)
@@ -113,14 +124,39 @@ def test_what_names_several_things_is_refused(tmp_path, names):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("mask", ["truth/{}.png", "photos/{}_m.png", "photos/{}-bw.bmp"])
+def test_what_looks_like_masks_is_refused_whatever_its_name(tmp_path, mask):
+    "Several files that are called like photographs and hold few values; photographs that share names are not touched."
+    tmp_path = tmp_path / "x"
+    for number in range(6):
+        save(tmp_path / f"photos/{number}.png", number)
+        save(tmp_path / f"photos/{number}_2.png", number)
+        save(tmp_path / f"again/{number}.png", number + 10)
+    dataset = read_dataset(tmp_path)
+    assert len(dataset.samples) == 18 and "folders: photos (12), again (6)" in dataset.notes[0]
+    for number in range(2):
+        path = tmp_path / mask.format(number)
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(plate(number, scratch=True)[1]).save(path)
+    with pytest.raises(InputError, match="2 files look like masks.*--masks"):
+        read_dataset(tmp_path)
+
+
+def test_files_of_the_system_are_no_pictures(tmp_path):
+    tree(tmp_path, *numbered("{}.png", 6), "__MACOSX/0.png", "@eaDir/0.png/THUMB.jpg", "$RECYCLE.BIN/1.png", ".cache/1.png")
+    dataset = read_dataset(tmp_path)
+    assert len(dataset.samples) == 6 and dataset.left_out == ["4 files: hidden (first $RECYCLE.BIN)"]
+
+
 @pytest.mark.parametrize("mask", ["masks/{}.png", "photos/{}_label.bmp", "photos/{}_GT.png", "photos/{}.png"])
 def test_a_mask_for_every_image_labels_it(tmp_path, mask):
     tree(tmp_path, *numbered("photos/{}.jpg", 6), mask.format(5))
     tree(tmp_path, *numbered(mask, 5), value=0)
     dataset = read_dataset(tmp_path)
     assert counts(dataset) == {("train", 0): 3, ("validation", 0): 1, ("test", 0): 1, ("test", 1): 1}
+    why = "no place in the layout" if mask == "photos/{}.png" else "mask of no anomalous picture"
     assert dataset.samples["mask"].max().endswith(mask.format(5)) and dataset.left_out == [
-        "5 files in " + mask.split("/")[0] + ": no place in the layout (first " + mask.format(0) + ")"]
+        f"5 files in {mask.split('/')[0]}: {why} (first {mask.format(0)})"]
 
 
 @pytest.mark.parametrize("name", ["bad", "NG", "ground_truth", "masks"])
@@ -321,10 +357,26 @@ def test_one_normal_file_gives_no_threshold_and_says_so(tmp_path, caplog, one_th
 
 
 def test_identical_normals_have_no_spread(tmp_path, one_thread):
-    tree(tmp_path / "photos", *numbered("{}.png", 6), size=(64, 64))
+    (tmp_path / "photos").mkdir()
+    for number in range(6):
+        Image.new("L", (64, 64), 255).save(tmp_path / f"photos/{number}.png", compress_level=number)
     detector = train("knn", tmp_path / "photos", tmp_path / "run")
     found = detector([np.full((64, 64), 255, np.uint8)])
     assert detector.config.calibration["photos"]["std"] is None and np.isnan(found.normalized_scores[0])
+
+
+def test_copies_count_once(tmp_path, caplog, one_thread):
+    "Six pictures ten times are six: else each is judged by a memory of itself, and every new normal is flagged."
+    for number in range(60):
+        save(tmp_path / f"photos/{number:02}.png", number % 6)
+    assert "54 files are copies of others (first 06.png)" in read_dataset(tmp_path / "photos").summary()
+    detector = train("knn", tmp_path / "photos", tmp_path / "run")
+    assert detector.config.calibration["photos"]["n"] == 6 and "54 of 60 normal files are copies" in caplog.text
+    assert detector([plate(number)[0] for number in range(100, 110)]).is_anomalous.sum() <= 3
+    for number in range(6):
+        save(tmp_path / f"one/{number}.png", 0)
+    assert train("knn", tmp_path / "one", tmp_path / "run of one").config.calibration is None
+    assert "no threshold and no verdict" in caplog.text
 
 
 def test_long_recordings_have_the_threshold_of_their_length(tmp_path, one_thread):
@@ -512,9 +564,25 @@ def test_own_thresholds_and_outputs_of_detection(model, tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").rglob("*.*")) == ["b.png_overlay.png", "scores.csv"]
     higher = detect_files(model, [tmp_path / "new"], tmp_path / "out", device="cpu", false_positive_rate=0.001, save=())
     assert (higher.threshold > found.threshold).all()
-    for wrong in (dict(threshold=1.0, false_positive_rate=0.1), dict(false_positive_rate=2.0), dict(save=("heat",))):
+    for wrong in (dict(threshold=1.0, false_positive_rate=0.1), dict(false_positive_rate=2.0), dict(save=("heat",)),
+                  dict(threshold=float("nan")), dict(threshold=float("inf"))):
         with pytest.raises(InputError):
             detect_files(model, [tmp_path / "new"], tmp_path / "out", device="cpu", **wrong)
+
+
+def test_what_a_detection_has_drawn_is_never_read_and_tables_of_others_are_never_replaced(model, tmp_path):
+    new = photos(tmp_path / "new", range(50, 53), size=(300, 200))
+    detect_files(model, [new], new / "found", device="cpu", save=OUTPUTS)
+    for out in (tmp_path / "out", new / "found", new):
+        assert len(detect_files(model, [new], out, device="cpu", save=("masks",))) == 3
+    dataset = read_dataset(new)
+    assert len(dataset.samples) == 3 and any("drawn by a detection" in line for line in dataset.left_out)
+    for name in ("scores.csv", "regions.csv"):
+        (mine := tmp_path / f"mine of {name}" / name).parent.mkdir()
+        mine.write_text("name,mark\nBob,1\n")
+        with pytest.raises(InputError, match="not written by a detection"):
+            detect_files(model, [new], mine.parent, device="cpu")
+        assert [path.name for path in mine.parent.rglob("*")] == [name] and "Bob" in mine.read_text()
 
 
 def test_calibrate_sets_the_threshold_anew(model, tmp_path):
@@ -559,6 +627,21 @@ def test_more_than_8_bits_keep_their_contrast(tmp_path, one_thread):
     Image.fromarray(shot(50)).save(tmp_path / "new.tif")
     assert torch.equal(inputs, again.preprocess(tmp_path / "new.tif")[0])
     assert again([shot(51, scratch=True)]).is_anomalous[0]
+    for other in (shot(50) / 4095, (shot(50) // 16).astype(np.uint8), torch.rand(3, 200, 200)):
+        with pytest.raises(InputError, match="the detector has learned"):
+            again([other])
+
+
+def test_more_than_8_bits_are_not_squeezed_into_8_without_a_word(model, tmp_path):
+    "12 bits in 16 would be almost black to a detector of 8 bits; so would be floats that are no numbers."
+    Image.fromarray(plate(50)[0][..., 0].astype(np.uint16) * 16).save(tmp_path / "new.png")
+    detector = AnomalyDetector.from_pretrained(model)
+    with pytest.raises(InputError, match="new.png: 16 bits, but no value above 2"):
+        detector(tmp_path / "new.png")
+    with pytest.raises(InputError, match="not finite"):
+        detector([np.full((8, 8), np.nan)])
+    full = plate(50, (300, 200))[0].astype(np.uint16) * 257
+    assert detector([full]).scores == detector([plate(50, (300, 200))[0]]).scores
 
 
 def test_a_picture_has_the_same_answer_in_every_form(model, tmp_path):
@@ -571,9 +654,12 @@ def test_a_picture_has_the_same_answer_in_every_form(model, tmp_path):
         assert detector([source]).scores[0] == pytest.approx(expected, rel=1e-5)
     with open(tmp_path / "a.png", "rb") as file:
         assert detector(file).scores[0] == pytest.approx(expected, rel=1e-5)
-    as_tensor = detector(tensor.float() / 127.5 - 1).scores[0]  # bilinear where pictures are bicubic
-    for same in (tensor, tensor.float() / 255, tensor.float(), tensor.long()):
-        assert detector(same).scores[0] == pytest.approx(as_tensor, rel=1e-4)
+    for same in (tensor, tensor.float() / 255, tensor.float(), tensor.long(), tensor.half() / 255, tensor / 127.5 - 1,
+                 tensor.to(torch.uint16), (image / 255).astype(np.float16)):
+        assert detector(same).scores[0] == pytest.approx(expected, rel=1e-4)
+    black_and_white = image[..., 0] > 150
+    as_tensor = detector(torch.from_numpy(black_and_white).expand(3, -1, -1)).scores[0]
+    assert detector(black_and_white).scores[0] == pytest.approx(as_tensor, rel=1e-4)
     for swapped in (image[..., ::-1], np.ascontiguousarray(image[..., ::-1])):
         assert detector([swapped], channel_order="bgr").scores[0] == pytest.approx(expected, rel=1e-5)
     for wrong, message in ((tensor.float() / 127, "a tensor must be"), (image.astype(np.int64), "int64")):
@@ -588,9 +674,11 @@ def test_masks_by_stated_rules(tmp_path):
     grey = Image.fromarray(mask * np.uint8(255))
     clear = Image.new("RGBA", grey.size, (255, 0, 0, 0))
     clear.putalpha(grey)
-    written = {"one.png": Image.fromarray(mask * np.uint8(1)), "white.png": grey, "lossy.jpg": grey, "alpha.png": clear}
+    red = Image.merge("RGB", (grey, *[Image.new("L", grey.size)] * 2))
+    written = {"one.png": Image.fromarray(mask * np.uint8(1)), "white.png": grey, "lossy.jpg": grey, "lossy.webp": grey,
+               "lossy.avif": grey, "lossy.jp2": grey, "red.jpg": red, "alpha.png": clear}
     for name, one in written.items():
-        one.save(tmp_path / name)
+        one.save(tmp_path / name, **({"quality_layers": [40]} if name == "lossy.jp2" else {"quality": 60}))
         assert (np.asarray(open_mask(tmp_path / name)) > 0).sum() == pytest.approx(mask.sum(), rel=0.1), name
     Image.fromarray(mask * np.uint8(1)).save(tmp_path / "faint.jpg")
     if np.asarray(Image.open(tmp_path / "faint.jpg")).max():
@@ -608,11 +696,13 @@ def test_a_mask_is_turned_like_its_image_and_an_inverted_one_is_named(tmp_path, 
     (tmp_path / "part/ground_truth/dent").mkdir(parents=True)
     Image.fromarray(painted).save(tmp_path / "part/ground_truth/dent/1_mask.png")
     Image.new("L", (30, 40), 255).save(tmp_path / "part/ground_truth/dent/2_mask.png")
+    save(tmp_path / "part/test/dent/3.jpg", size=(40, 30))
+    Image.new("L", (40, 30)).save(tmp_path / "part/ground_truth/dent/3_mask.png")
     dataset, caplog.handler.level = read_dataset(tmp_path), 0
     with caplog.at_level("INFO", "adiff"):
-        turned, whole = (dataset.mask(row, FULL_FRAME.at(32)) for row in dataset.select("test").itertuples())
+        turned, whole, none = (dataset.mask(row, FULL_FRAME.at(32)) for row in dataset.select("test").itertuples())
     assert turned[2, 30] and not turned[2, 2] and "turned like its image" in caplog.text
-    assert whole.all() and "inverted" in caplog.text
+    assert whole.all() and "inverted" in caplog.text and not none.any() and "3_mask.png: the mask is empty" in caplog.text
 
 
 # ---- the edges of the one-line contract

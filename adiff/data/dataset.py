@@ -9,6 +9,7 @@ __all__ = ['COLUMNS', 'SPLITS', 'READERS', 'Dataset', 'mask_of_image', 'sizes_of
 # %% ../../nbs/data/05_dataset.ipynb #d9e8b794
 import hashlib
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ import pandas as pd
 from PIL import Image, ImageChops
 
 from ..core import InputError, unknown_name
-from .files import file_size, kind_of
+from .files import copies, file_size, kind_of
 from .images import image_size, open_mask, read_image, turned_like
 from .processor import Processor
 from .sound_files import sound_seconds
@@ -67,6 +68,11 @@ class _Table:
         lines = sorted(map(line, self.samples.itertuples(index=False)))
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
+    def originals(self, rows: pd.DataFrame) -> pd.Series:
+        "For each of the `rows` the first path among them of a file with the same bytes. Raises `InputError`."
+        same = copies(self.root/path for path in rows.path)
+        return rows.path.map(lambda path: same.get(self.root/path, self.root/path).relative_to(self.root).as_posix())
+
 # %% ../../nbs/data/05_dataset.ipynb #724e8edd
 class Dataset(_Table):
     """Images or sounds of one dataset, as a table, and the `notes` that must be printed under every number.
@@ -93,7 +99,10 @@ class Dataset(_Table):
             return None
         if not label:
             return processor.mask(None)
-        found = processor.mask(mask_of_image([self.root/one for one in file.split("\n")], self.root/row.path))
+        mask = mask_of_image([self.root/one for one in file.split("\n")], self.root/row.path)
+        if not mask.getbbox():
+            _log.warning("%s: the mask is empty, but its picture %s is anomalous", file, row.path)
+        found = processor.mask(mask)
         if found.mean() > 0.9:
             _log.warning("%s: the mask covers %.0f %% of its picture; is it inverted?", file, 100 * found.mean())
         return found
@@ -160,11 +169,24 @@ def describe_group(dataset: Dataset, split: str, label: int) -> dict[str, Any]:
             "sizes": shown}
 
 # %% ../../nbs/data/05_dataset.ipynb #e7b44878
+def _copies_text(dataset: Dataset) -> list[str]:
+    "A line if some files that can be opened have the same bytes."
+    rows = dataset.samples.drop_duplicates("path")
+    rows = rows[[os.access(dataset.root/path, os.R_OK) for path in rows.path]]
+    first = dataset.originals(rows)
+    if not (count := int((first != rows.path).sum())):
+        return []
+    both = rows.groupby(first).split.agg(lambda splits: {"test", "train"} <= set(splits)).any()
+    return [f"{count} files are copies of others (first {rows.path[first != rows.path].iloc[0]})"
+            + "; some stand in training and test, so numbers on them mean little" * bool(both)]
+
+
 def summary_text(dataset: Dataset, processor: Processor | None, image_size: int | None, features_size: int = 0) -> str:
     "What `Dataset.summary` says."
     groups = [describe_group(dataset, split, label) for split in SPLITS for label in (0, 1)]
     table = pd.DataFrame([group for group in groups if group]).to_string(index=False, justify="left")
     lines = [f"{dataset.kind}s in {dataset.root}: {', '.join(dataset.categories)}", table, *dataset.notes]
+    lines += _copies_text(dataset)
     lines += [f"left out: {line}" for line in dataset.left_out]
     if processor is not None:
         lines += processor.remains(image_size, sizes_of(dataset, dataset.samples.path), features_size)

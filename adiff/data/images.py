@@ -10,6 +10,7 @@ __all__ = ['Range', 'OFFICIAL', 'FULL_FRAME', 'PROTOCOLS', 'open_image', 'image_
 # %% ../../nbs/data/02_images.ipynb #b5a6d80e
 import io
 import logging
+import math
 import os
 import struct
 import zlib
@@ -44,20 +45,46 @@ def _from_array(values: np.ndarray, name: object, value_range: Range | None = No
     values = values[..., 0] if values.ndim == 3 and values.shape[-1] == 1 else values
     if not (values.ndim == 2 or values.ndim == 3 and values.shape[-1] in (3, 4)) or not values.size:
         raise InputError(f"{name}: an array of shape {values.shape} is no image; give (H, W) or (H, W, 1, 3 or 4)")
-    if values.dtype == np.bool_:
-        values = values * np.uint8(255)
-    elif value_range and values.dtype.kind in "uif" and values.dtype != np.uint8 and np.isfinite(values).all():
+    if values.dtype in (np.bool_, np.uint8):
+        _check_8_bits(name, value_range)
+        values = values * np.uint8(255) if values.dtype == np.bool_ else values
+        return Image.fromarray(values)
+    sixteen = values.dtype.kind == "u" and values.dtype.itemsize == 2
+    if sixteen or values.dtype.kind == "f" or value_range and values.dtype.kind in "ui":
+        _check_values(values, name, value_range)
+    if value_range and values.dtype.kind in "uif":
         values = _scaled(values, value_range)
-    elif values.dtype.kind == "u" and values.dtype.itemsize == 2:
+    elif sixteen:
         values = np.rint(values / 257).astype(np.uint8)
     elif values.dtype.kind == "f":
-        low, high = values.min(), values.max()
-        if not (low > -1e-6 and high < 1 + 1e-6):  # false for NaN too
+        low, high = float(values.min()), float(values.max())
+        if low <= -1e-6 or high >= 1 + 1e-6:
             raise InputError(f"{name}: floating-point values from {low:.4g} to {high:.4g}; scale them to [0, 1]")
         values = np.rint(values.clip(0, 1) * 255).astype(np.uint8)
-    elif values.dtype != np.uint8:
+    else:
         raise InputError(f"{name}: values of type {values.dtype}; use uint8, uint16 or floats in [0, 1]")
     return Image.fromarray(values)
+
+# %% ../../nbs/data/02_images.ipynb #5a1d0f31
+def _check_values(values: np.ndarray, name: object, value_range: Range | None) -> None:
+    "Raises `InputError` for values of more than 8 bits, or floats, that cannot be meant in this range."
+    low, high = float(values.min()), float(values.max())
+    known = "" if value_range is None else "values from {:.4g} to {:.4g}".format(*value_range)
+    if not math.isfinite(low + high):
+        raise InputError(f"{name}: some values are not finite numbers; replace them")
+    if value_range and values.dtype.kind == "f" and 0 <= low and high <= 1 and value_range[1] > 2:
+        raise InputError(f"{name}: floats in [0, 1], and the detector has learned {known}; give the camera's "
+                         "own values")
+    if value_range is None and values.dtype.kind != "f" and 0 < high < 4096:
+        raise InputError(f"{name}: 16 bits, but no value above {high:.0f}, which is almost black; scale it to 8 bits, "
+                         "as the pictures that were learned")
+
+
+def _check_8_bits(name: object, value_range: Range | None) -> None:
+    "Raises `InputError` for 8 bits where a range of more is known."
+    if value_range:
+        raise InputError("{}: has to be a picture or an array of more than 8 bits, because the detector has learned "
+                         "values from {:.4g} to {:.4g}".format(name, *value_range))
 
 # %% ../../nbs/data/02_images.ipynb #74286ea0
 def _to_rgb(image: Image.Image, name: object, value_range: Range | None = None) -> Image.Image:
@@ -71,6 +98,8 @@ def _to_rgb(image: Image.Image, name: object, value_range: Range | None = None) 
         image = _from_array(values if value_range else values.astype(np.uint16), name, value_range)
     elif image.mode == "F":
         image = _from_array(np.asarray(image), name, value_range)
+    else:
+        _check_8_bits(name, value_range)
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
@@ -111,7 +140,8 @@ def read_image(source: Any, value_range: Range | None = None) -> Image.Image:
     """RGB, 8-bit, upright PIL image from a path, a PIL image, a numpy array, the bytes of a file or an open file.
 
     Arrays: (H, W) or (H, W, 1|3|4), bool, uint8, uint16 or float in [0, 1], in the order R, G, B. `value_range`: the
-    values of black and white for more than 8 bits; None: 0 and 65535, or 0 and 1 for floats. EXIF orientation is
+    values of black and white for more than 8 bits; None: 0 and 65535, or 0 and 1 for floats. Refused are 8 bits and
+    floats in [0, 1] where a range of more is known, and 12 bits or less in 16 where none is. EXIF orientation is
     applied; transparency is composited over white; of several frames the first is taken. Raises `InputError`, one line
     naming the file, for what is missing, corrupt, empty, huge (PIL's limit against decompression bombs, about 179
     million pixels) or out of range (NaN included).
@@ -174,17 +204,18 @@ def binary_mask(mask: Image.Image) -> Image.Image:
 
 
 def open_mask(path: AnyPath) -> Image.Image:
-    """The mask in a file, as `binary_mask` gives it. Of a JPEG, whose zeros are not exact, what is above 127 counts.
+    """The mask in a file, as `binary_mask` gives it. Of a format with losses, whose zeros are not exact, what is above
+    127 counts.
 
-    Raises `InputError` for a JPEG in which that would be nothing, and for what cannot be read.
+    Raises `InputError` for such a file in which that would be nothing, and for what cannot be read.
     """
     file_size(path)
     with _explained(path), Image.open(path) as image:
-        if image.format not in ("JPEG", "MPO"):
+        if image.format not in ("JPEG", "MPO", "WEBP", "AVIF", "JPEG2000"):
             return binary_mask(ImageOps.exif_transpose(image))
-        values = np.asarray(ImageOps.exif_transpose(image).convert("L"))
+        values, name = np.asarray(ImageOps.exif_transpose(image).convert("RGB")).max(-1), image.format
     if 0 < values.max() < 128:
-        raise InputError(f"{path}: a JPEG mask with values up to {values.max()} may be noise; store it as PNG")
+        raise InputError(f"{path}: a {name} mask with values up to {values.max()} may be noise; store it as PNG")
     return Image.fromarray((values > 127) * np.uint8(255))
 
 # %% ../../nbs/data/02_images.ipynb #278f954f
@@ -314,15 +345,10 @@ class _Square(Processor):
         "float32 (height, width): a map (size, size) over the original of `size` (width, height), see `place_map`."
         return place_map(anomaly_map, size, self.resize, self.size)
 
-# %% ../../nbs/data/02_images.ipynb #eb00f4ab
+# %% ../../nbs/data/02_images.ipynb #5a1d0f33
 @dataclass(frozen=True)
-class ImageProcessor(_Square):
-    """Squeezes an image to `resize` x `resize` pixels (bicubic) and keeps the central `crop` (None: all of it).
-
-    The aspect ratio is ignored. `value_range`: see `read_image`. Raises `InputError` unless 1 <= crop <= resize.
-    """
-
-    def windows(self, source: Any) -> list[Any]: return [0.0]
+class _Tensors(_Square):
+    "From sources and from tensors of any usual range to inputs, see `ImageProcessor`."
 
     def read(self, source: Any) -> Image.Image:
         "`read_image`, in this range."
@@ -332,11 +358,11 @@ class ImageProcessor(_Square):
         "The input (3, size, size) of a `window` of an RGB image."
         return to_tensor(self.image(image))
 
-    def load(self, source: Any, window: Any = 0.0) -> torch.Tensor: return self.part(self.read(source), window)
-
     def signed(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor in -1..1 from one (3, H, W) of whole numbers, 0..255, or of others: -1..1 if one is negative, 0..1
         if none is above 1, and 0..255 if one is above 2. What fits none of these stays as it is."""
+        if tensor.dtype in (torch.bool, torch.uint16, torch.uint32, torch.uint64):
+            tensor = tensor.float() if tensor.dtype == torch.bool else tensor.double()
         if tensor.numel() and tensor.isfinite().all():
             low, high = float(tensor.min()), float(tensor.max())
             if low >= 0 and high <= 255 and (not tensor.is_floating_point() or high > 2):
@@ -345,9 +371,33 @@ class ImageProcessor(_Square):
                 return 2 * tensor - 1
         return tensor
 
+    def fitting(self, tensor: torch.Tensor) -> torch.Tensor:
+        "`signed`. Raises `InputError` for what does not fit, and where a range of more than 8 bits is known."
+        if self.value_range and tensor.numel() and tensor.double().min() >= 0:
+            _check_8_bits("image tensor", self.value_range)
+        return super().fitting(self.signed(tensor))
+
+    def read_tensor(self, tensor: torch.Tensor) -> Image.Image:
+        "The RGB image of a tensor (3, H, W). Raises `InputError` for what does not fit."
+        return Image.fromarray(to_array(self.fitting(tensor)))
+
     def check(self, tensor: torch.Tensor) -> torch.Tensor:
-        "The input from a tensor (3, H, W), whose values `signed` explains. Raises `InputError` for what does not fit."
-        return super().check(self.signed(tensor))
+        "The input of a tensor (3, H, W): itself if it has this size, else that of the same picture."
+        if tensor.shape[-2:] == (self.size,) * 2:
+            return self.fitting(tensor).float()
+        return self.part(self.read_tensor(tensor))
+
+# %% ../../nbs/data/02_images.ipynb #eb00f4ab
+@dataclass(frozen=True)
+class ImageProcessor(_Tensors):
+    """Squeezes an image to `resize` x `resize` pixels (bicubic) and keeps the central `crop` (None: all of it).
+
+    The aspect ratio is ignored. `value_range`: see `read_image`. Raises `InputError` unless 1 <= crop <= resize.
+    """
+
+    def windows(self, source: Any) -> list[Any]: return [0.0]
+
+    def load(self, source: Any, window: Any = 0.0) -> torch.Tensor: return self.part(self.read(source), window)
 
     def picture(self, tensor: torch.Tensor) -> np.ndarray: return to_array(tensor)
 

@@ -68,7 +68,7 @@ def paint_defects(
     with atomic_folder(out) as whole:
         for split, rows in (("train", dataset.select("train")), ("test", held_out)):
             for number, row in enumerate(rows.itertuples()):
-                image = np.asarray(processor.image(dataset.image(row)), dtype=float)
+                image = np.asarray(processor.image(processor.read(dataset.root/row.path)), dtype=float)
                 _save(image, whole/row.category/split/"good"/f"{number:04}.png")
                 if split == "test":
                     _paint(image, whole/row.category, number)

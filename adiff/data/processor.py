@@ -89,15 +89,19 @@ class Inputs(ABC):
             raise InputError(f"{self.kind}s: nothing to detect in; give at least one {self.kind}")
         return found
 
-    def check(self, tensor: torch.Tensor) -> torch.Tensor:
-        "The input (channels, size, size) from a tensor (channels, H, W). Raises `InputError` for what does not fit."
+    def fitting(self, tensor: torch.Tensor) -> torch.Tensor:
+        "The `tensor` (channels, H, W) in the range of inputs. Raises `InputError` for what does not fit."
         fits = tensor.ndim == 3 and tensor.shape[0] == self.channels and tensor.numel()
         if not fits or not tensor.isfinite().all() or tensor.abs().max() > self.largest:
             values = f" in [{tensor.min():.3g}, {tensor.max():.3g}]" if tensor.numel() else ""
             raise InputError(f"{self.kind}s: a tensor must be ({self.channels}, height, width) with values in [-1, 1], "
                              f"got {tuple(tensor.shape)}{values}")
-        resized = F.interpolate(tensor[None].float(), size=(self.size,) * 2, mode="bilinear", antialias=True)
-        return resized[0]
+        return tensor
+
+    def check(self, tensor: torch.Tensor) -> torch.Tensor:
+        "The input (channels, size, size) from a tensor (channels, H, W). Raises `InputError` for what does not fit."
+        values = self.fitting(tensor)[None].float()
+        return F.interpolate(values, size=(self.size,) * 2, mode="bilinear", antialias=True)[0]
 
 # %% ../../nbs/data/01_processor.ipynb #cc1adb1c
 class _Windows(Inputs):

@@ -14,8 +14,8 @@ from pathlib import Path
 from ..core import AnyPath, InputError
 from . import sound_layouts, urbansound8k  # noqa: F401  they register their readers, as layouts does
 from .dataset import COLUMNS, READERS, Dataset, chosen_categories, complete_dataset
-from .files import files_in, folders_in, survey
-from .layouts import read_as_told, read_plain_folder, read_split_table
+from .files import files_in, folders_in, image_of_mask, said_of, survey
+from .layouts import FLAGS, read_as_told, read_plain_folder, read_split_table
 
 # %% ../../nbs/data/08_reading.ipynb #da1dbb89
 def _completed(found: Dataset, reader: str, root: Path, categories: str | Sequence[str]) -> Dataset:
@@ -28,13 +28,17 @@ def _completed(found: Dataset, reader: str, root: Path, categories: str | Sequen
     return complete_dataset(Path(found.root), found.name, rows[COLUMNS].to_numpy().tolist(), notes)
 
 # %% ../../nbs/data/08_reading.ipynb #e5081919
+_misplaced, _spare_mask = "no place in the layout", "mask of no anomalous picture"
+
+
 def _folder_of(path: Path, root: Path, used: set[Path]) -> tuple[str, str]:
     "(folder, why) of a file below `root` that is not in the table; `used`: the folders of those that are."
     inside = path.relative_to(root).parts
     top = root/inside[0]
     if len(inside) > 1 and used and not any(folder.is_relative_to(top) for folder in used):
         return inside[0], "not read"
-    return path.parent.relative_to(root).as_posix(), "no place in the layout"
+    mask = said_of(path.relative_to(root)) == "mask" or image_of_mask(path.stem)
+    return path.parent.relative_to(root).as_posix(), _spare_mask if mask else _misplaced
 
 
 def count_left_out(root: Path, found: Dataset, most: int = 8) -> tuple[list[str], int]:
@@ -46,7 +50,7 @@ def count_left_out(root: Path, found: Dataset, most: int = 8) -> tuple[list[str]
         if path not in files:
             where, why = _folder_of(path, root, folders)
             groups[f"in {where}", why].append(path)
-            misplaced += why != "not read"
+            misplaced += why == _misplaced
     for path, why in read.left_out:
         groups["", why].append(path)
     shown = sorted(groups.items(), key=lambda one: -len(one[1]))
@@ -64,6 +68,17 @@ def _two_names(found: Dataset) -> list[str]:
     both = twice.groupby(real).split.nunique().max() > 1 if len(twice) else False
     return [f"{len(twice)} files are links to one another"
             + ("; some stand in training and test, so numbers on them mean little" if both else "")] * bool(len(twice))
+
+
+def _agreeing(found: Dataset, root: Path) -> Dataset:
+    "`found`. Raises `InputError` if names below `root` contradict the labels; what is unclear may be anomalous."
+    for label, right in enumerate(("normal", "anomalous")):
+        said = {path: said_of((found.root/path).relative_to(root)) for path in
+                found.samples.path[found.samples.label == label]}
+        if wrong := [path for path, one in said.items() if one not in (None, right, *["mixed"] * label)]:
+            raise InputError(f"{root}: {len(wrong)} files lie among the {right} ones and are not by their names, the "
+                             f"first {wrong[0]}; move or rename them, or {FLAGS}")
+    return found
 
 
 def _told(found: Dataset, root: Path) -> Dataset:
@@ -117,5 +132,6 @@ def read_dataset(
         for name, reader in READERS.items():
             found = reader(place, categories)
             if found is not None:
-                return _told(found if name in READERS.shipped else _completed(found, name, place, categories), place)
+                shipped = name in READERS.shipped
+                return _told(_agreeing(found, place) if shipped else _completed(found, name, place, categories), place)
     return _told(read_plain_folder(root, categories), root)

@@ -21,7 +21,7 @@ from PIL import Image
 
 from ..core import InputError
 from .files import file_size
-from .images import ImageCanvas, ImageProcessor, Range, image_size, read_image, to_array
+from .images import ImageCanvas, ImageProcessor, Range, image_size, read_image
 
 # %% ../../nbs/data/13_tiles.ipynb #41b9ed94
 class Box(NamedTuple):
@@ -181,10 +181,7 @@ class TiledProcessor(_Tiles):
 
     def inputs(self, source: Any) -> Iterator[tuple[Any, torch.Tensor]]:
         "Every box of a source, or of a tensor (3, H, W), and its input. Raises `InputError`."
-        if isinstance(source, torch.Tensor):
-            self.check(source)
-            source = to_array(self.signed(source))
-        image = self.read(source)
+        image = self.read_tensor(source) if isinstance(source, torch.Tensor) else self.read(source)
         yield from ((box, self.part(image, box)) for box in self.windows(image))
 
     def canvas(self, source: Any, starts: Sequence[Any]) -> TileCanvas: return TileCanvas(self, source, starts)

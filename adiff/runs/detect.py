@@ -23,7 +23,7 @@ from skimage.measure import label, regionprops
 
 from ..core import (AnyPath, InputError, atomic_path, ensure_folder, progress, read_json, resolve_device,
                         unknown_name, write_json)
-from ..data.files import count_reasons, find_files, survey
+from ..data.files import DRAWN, count_reasons, detected_in, find_files, survey
 from ..data.loading import read_ahead, stacked
 from ..data.processor import Canvas
 from ..data.reading import read_dataset
@@ -47,12 +47,11 @@ def left_out(paths: Iterable[AnyPath], kind: str) -> str:
 
 
 _log = logging.getLogger("adiff.runs.detect")
-_written = ("overlays", "maps", "masks")  # folders in which a detection writes
 
 
 def files_to_detect(paths: Iterable[AnyPath], kind: str, out_dir: AnyPath) -> list[Path]:
     "The files in `paths` but what an earlier detection wrote into `out_dir`. Raises `InputError` if none is left."
-    own = tuple(os.path.join(os.path.abspath(out_dir), name, "") for name in _written)
+    own = tuple(os.path.join(os.path.abspath(out_dir), name, "") for name in DRAWN)
     files = [file for file in expand_paths(paths, kind) if not os.path.abspath(file).startswith(own)]
     if not files:
         raise InputError(f"{own[0]}: holds what detection has drawn, and there is nothing else to detect in; name "
@@ -216,19 +215,15 @@ _named = ("overlay", "map", "mask")  # columns of scores.csv that name files
 
 def _files_of(table: Path) -> set[str]:
     "The files that the scores.csv of a detection names."
-    if not table.is_file():
+    if not detected_in(table.parent):
         return set()
-    try:
-        rows = pd.read_csv(table, dtype=str, keep_default_na=False)
-    except ValueError:  # not ours
-        return set()
+    rows = pd.read_csv(table, dtype=str, keep_default_na=False)
     return {name for column in _named if column in rows for name in rows[column] if name}
 
 
 def write_tables(out_dir: Path, tables: dict[str, list[dict]]) -> None:
     "Writes NAME.csv for each of the `tables`, scores last, and regions.json; removes what an earlier detection left."
-    before = _files_of(ensure_folder(out_dir) / "scores.csv")
-    ours = before or (out_dir / "scores.csv").is_file()
+    before, ours = _files_of(ensure_folder(out_dir) / "scores.csv"), detected_in(out_dir)
     for name, table in tables.items():
         with atomic_path(out_dir / f"{name}.csv") as path:
             columns = None if table else ["path", "x", "y", "width", "height", "area", "score", "center_x", "center_y"]
@@ -251,11 +246,21 @@ def _remove_empty(folder: Path, stop: Path) -> None:
         folder = folder.parent
 
 # %% ../../nbs/runs/04_detect.ipynb #ff3029bc
+def _check_folder(out_dir: Path) -> None:
+    "Raises `InputError` if `out_dir` holds tables that no detection has written: they would be lost."
+    for name in ("scores.csv", "windows.csv", "regions.csv", "regions.json"):
+        if (out_dir / name).exists() and not detected_in(out_dir):
+            raise InputError(f"{out_dir / name}: not written by a detection, which would replace it; choose another "
+                             "output folder")
+
+
 def _check_request(detector: AnomalyDetector, categories: list[str], choice: Choice, save: Collection[str]) -> None:
     "Raises `InputError` for outputs or a threshold that this detector cannot give."
     calibrated = set(categories) <= set(detector.config.calibration or {})
     if unknown := set(save) - set(OUTPUTS):
         raise unknown_name("output", min(unknown), OUTPUTS)
+    if choice.threshold is not None and not np.isfinite(choice.threshold):
+        raise InputError(f"threshold: {choice.threshold}; give a finite score")
     if choice.threshold is not None and choice.false_positive_rate is not None:
         raise InputError("threshold and false-positive rate: give one of them")
     if choice.false_positive_rate is not None:
@@ -299,6 +304,7 @@ def detect_files(model: AnyPath, paths: Iterable[AnyPath], out_dir: AnyPath, cat
     if batch_size < 1:
         raise InputError(f"batch_size: {batch_size}; give 1 or more")
     place, out_dir, choice = resolve_device(device), Path(out_dir), Choice(threshold, false_positive_rate)
+    _check_folder(out_dir)
     use_machine(place)
     detector = AnomalyDetector.from_pretrained(model).to(place)
     label = detector.class_labels(category, 1)

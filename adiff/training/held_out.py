@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['normal_images', 'normal_latents', 'normal_scores', 'window_scores', 'normal_maps', 'remember', 'learn', 'is_trained',
-           'learns_from_training', 'held_out_scores', 'learn_normals']
+           'learns_from_training', 'held_out_scores', 'without_copies', 'learn_normals']
 
 # %% ../../nbs/training/05_held_out.ipynb #53798ab0
 import logging
@@ -141,9 +141,26 @@ def held_out_scores(detector: AnomalyDetector, dataset: Dataset, rows: pd.DataFr
             np.concatenate([np.flatnonzero(fold == number)[row] for number, _, row in parts]))
 
 # %% ../../nbs/training/05_held_out.ipynb #ebc4d38a
+def without_copies(dataset: Dataset) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The training and the validation rows of `dataset`, each picture or sound of a category once, whatever its copies.
+
+    What is in both stays in validation, or in training if a category had nothing left to train on.
+    """
+    train, held_out = dataset.select("train"), dataset.select("validation")
+    rows = pd.concat([held_out.assign(held=True), train.assign(held=False)], ignore_index=True)
+    rows["first"] = dataset.originals(rows)
+    left = rows.drop_duplicates(["category", "first"])
+    lost = set(train.category) - set(left.category[~left.held])
+    again = rows[rows.category.isin(lost)].sort_values("held", kind="stable").drop_duplicates(["category", "first"])
+    left = pd.concat([left[~left.category.isin(lost)], again])
+    if count := len(rows) - len(left):
+        _log.warning("%s: %d of %d normal files are copies of others and count once", dataset.root, count, len(rows))
+    return tuple(left[left.held == held][dataset.samples.columns].reset_index(drop=True) for held in (False, True))
+
+
 def learn_normals(detector: AnomalyDetector, dataset: Dataset) -> None:
     "Fits memory, normalisation and thresholds on the normals of `dataset`; says how far the thresholds can be trusted."
-    train, held_out = dataset.select("train"), dataset.select("validation")
+    train, held_out = without_copies(dataset)
     count = held_out.category.value_counts()
     few = [name for name in dataset.categories if count.get(name, 0) < _enough]
     more = train[train.category.isin(few)]
