@@ -360,6 +360,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'adiff.data.images.ImageCanvas.whole_map': ( 'data/images.html#imagecanvas.whole_map',
                                                                                 'adiff/data/images.py'),
                                    'adiff.data.images.ImageProcessor': ('data/images.html#imageprocessor', 'adiff/data/images.py'),
+                                   'adiff.data.images.ImageProcessor.boxes': ( 'data/images.html#imageprocessor.boxes',
+                                                                               'adiff/data/images.py'),
                                    'adiff.data.images.ImageProcessor.canvas': ( 'data/images.html#imageprocessor.canvas',
                                                                                 'adiff/data/images.py'),
                                    'adiff.data.images.ImageProcessor.closer': ( 'data/images.html#imageprocessor.closer',

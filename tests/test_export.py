@@ -217,6 +217,17 @@ def test_the_example_prepares_every_picture_as_detect_does(exported, repository,
     assert float(capsys.readouterr().out.split()[1]) == pytest.approx(wanted, abs=1e-4)
 
 
+@pytest.mark.parametrize("made", [np.full((64, 64), 3000, np.uint16), np.full((64, 64), np.nan, np.float32)])
+def test_the_example_refuses_the_values_that_detect_refuses(exported, repository, tmp_path, monkeypatch, made):
+    Image.fromarray(made).save(picture := tmp_path / "a.tif")
+    with pytest.raises(InputError):
+        AnomalyDetector.from_pretrained(exported / "model")(picture, category="coffee")
+    monkeypatch.setattr(sys, "argv", ["", str(exported / "line/detector.onnx"), str(picture), str(tmp_path / "found.png"),
+                                      "coffee"])
+    with pytest.raises(SystemExit, match="its values are of another kind"):
+        runpy.run_path(str(repository / "nbs/tutorials/onnx_detect.py"))
+
+
 def test_the_example_hears_nothing(export, repository, tmp_path, monkeypatch):
     graph = str(export("adiff, sounds")[1] / "line/detector.onnx")
     monkeypatch.setattr(sys, "argv", ["", graph, str(tmp_path / "a.wav"), str(tmp_path / "found.png")])

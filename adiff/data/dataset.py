@@ -177,7 +177,8 @@ def _copies_text(dataset: Dataset) -> list[str]:
     if not (count := int((first != rows.path).sum())):
         return []
     both = rows.groupby(first).split.agg(lambda splits: {"test", "train"} <= set(splits)).any()
-    return [f"{count} files are copies of others (first {rows.path[first != rows.path].iloc[0]})"
+    files = "1 file is a copy of another" if count == 1 else f"{count} files are copies of others"
+    return [f"{files} (first {rows.path[first != rows.path].iloc[0]})"
             + "; some stand in training and test, so numbers on them mean little" * bool(both)]
 
 

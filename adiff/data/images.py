@@ -410,11 +410,16 @@ class ImageProcessor(_Tensors):
     def remains(self, image_size: int | None, sizes: Mapping[Any, int], features_size: int = 0) -> list[str]:
         "What is looked at of pictures of these `sizes`, and how small a defect may be; see `Processor.remains`."
         sizes = {size: count for size, count in sizes.items() if size}
-        lines = look_at(self.name, self.resize, self.size, image_size, list(sizes), features_size)
+        whole = [size for size in sizes if not self.boxes(size)]
+        lines = look_at(self.name, self.resize, self.size, image_size, whole, features_size)
         lines += self.closer(max(image_size, features_size), max(sizes)) if image_size and sizes else []
         if self.value_range is not None:
             lines.append("more than 8 bits: black is {:.4g}, white {:.4g}".format(*self.value_range))
         return lines
+
+    def boxes(self, size: tuple[int, int]) -> list[Any]:
+        "The tiles that a picture of `size` (width, height) is also looked at in: none."
+        return []
 
     def closer(self, image_size: int, largest: tuple[int, int]) -> list[str]:
         "Lines on seeing smaller defects in a picture of the size `largest` where `image_size` pixels are seen."

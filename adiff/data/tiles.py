@@ -192,9 +192,9 @@ class TiledProcessor(_Tiles):
 
     def closer(self, image_size: int, largest: tuple[int, int]) -> list[str]:
         "Lines on the tiles of a picture of the size `largest`."
-        lines = [f"tiles of {self.tile} x {self.tile} pixels: {len(self.boxes(largest))} of them, and the whole; in a "
-                 "tile a defect narrower than about "
-                 f"{2 * self.tile / min(image_size, self.size):.0f} pixels cannot be seen"] if self.tile else []
+        count, narrow = len(self.boxes(largest)), 2 * self.tile / min(image_size, self.size) if self.tile else 0
+        lines = [f"tiles of {self.tile} x {self.tile} pixels: {count} of them, and the whole; in a tile a defect "
+                 f"narrower than about {narrow:.0f} pixels cannot be seen"] * (count > 0)
         return lines + ["normal pictures are learned in four orientations"] * self.rotate
 
     def config(self) -> dict[str, Any]: return {**asdict(self), "value_range": self.value_range and [*self.value_range]}

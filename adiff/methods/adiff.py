@@ -22,8 +22,8 @@ _cpu: dict[str, dict] = {
     "forward": {"kind": "gaussian", "prediction_type": "v_prediction"},
     "network": {"kind": "multiscale-unet", "size": "nano"},
     "correction": {"kind": "partial-noising", "strength": 0.5, "num_inference_steps": 1, "num_seeds": 8},
-    "discrepancy": {"kind": "fusion", "levels": ["multiscale", "ideal"], "weights": [1, 2],
-                    "feature_codec": FEATURE_SPACE},
+    "discrepancy": {"kind": "fusion", "levels": ["multiscale", "ideal"], "weights": [1, 4],
+                    "limited": True, "feature_codec": FEATURE_SPACE, "top_share": 0.01},
     "training": {"unit": "steps", "length": 400, "warmup": 20, "horizon": None, "learning_rate": 2e-3, "batch_size": 16,
                  "gradient_accumulation_steps": 1, "gradient_clip": 1.0, "validate_every": 50, "checkpoint_every": 100},
 }

@@ -21,7 +21,8 @@ _cpu = {
     "forward": {"kind": "masked", "patch_size_per": "image"},
     "network": {"kind": "class-token-unet", "size": "nano", "dropout": 0.0},
     "correction": {"kind": "deviation", "num_inference_steps": 1, "starting_step": 4},
-    "discrepancy": {"kind": "fusion", "levels": ["pixel", "ideal"], "weights": [1, 2], "feature_codec": FEATURE_SPACE},
+    "discrepancy": {"kind": "fusion", "levels": ["pixel", "ideal"], "weights": [1, 4], "feature_codec": FEATURE_SPACE,
+                    "top_share": 0.01},
     "training": {"unit": "steps", "length": 250, "warmup": 20, "horizon": None, "learning_rate": 2e-3, "batch_size": 16,
                  "gradient_accumulation_steps": 1, "gradient_clip": 1.0, "validate_every": 50, "checkpoint_every": 50},
 }
@@ -66,5 +67,5 @@ DECO_DIFF_PRESETS = {
 # %% ../../nbs/methods/01_deco_diff.ipynb #f65ccf33
 DECO_DIFF_SOUNDS = {
     "correction": {"num_inference_steps": 5, "starting_step": None},
-    "discrepancy": {"kind": "deviation", "levels": ["pixel", "latent"]},
+    "discrepancy": {"kind": "deviation", "levels": ["pixel", "latent"], "top_share": 0.0},
 }

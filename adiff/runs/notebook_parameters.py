@@ -18,7 +18,7 @@ _texts = {"categories": "all", "preset": "cpu", "device": "auto", "official": ""
 _numbers = {"seed": 0, "processes": 0,
             **dict.fromkeys(("draws", "most_new", "length", "main_length", "rounds", "seconds", "minutes"))}
 _fractions = ("seconds", "minutes")
-_switches = ("joint", "resume", "taef2")
+_switches = ("joint", "resume", "taef2", "trained")
 _meant = {**dict.fromkeys(("true", "yes", "1"), True), **dict.fromkeys(("false", "no", "0", "none", ""), False)}
 
 

@@ -178,7 +178,8 @@ def learn_normals(detector: AnomalyDetector, dataset: Dataset) -> None:
     for name in dataset.categories if os.environ.get("RANK", "0") == "0" else ():  # of several processes, one says it
         if one := (detector.config.calibration or {}).get(name):
             low, high = (100 * share for share in one["interval"])
-            level, which = ((logging.WARNING, f"normal files, each judged by what was learned without it{seen}")
-                            if name in few else (logging.INFO, "normal files that were held out"))
+            files = "normal files" if one["n"] > 1 else "normal file"
+            level, which = ((logging.WARNING, f"{files}, each judged by what was learned without it{seen}")
+                            if name in few else (logging.INFO, f"{files} that were held out"))
             _log.log(level, "%s: the threshold comes from %d %s: %.0f to %.0f %% of new normals may be called "
                      "anomalous; adiff calibrate MODEL FOLDER sets it from more", name, one["n"], which, low, high)

@@ -14,11 +14,15 @@ if facts["processor"].get("tile") or "resize" not in facts["processor"]:
 if len(category or facts["categories"]) != 1 or not set(category) <= set(facts["categories"]):
     sys.exit(f"say which category the picture shows: {', '.join(facts['categories'])}")
 category = (category or facts["categories"])[0]
-
 image = ImageOps.exif_transpose(Image.open(picture))
-if image.mode[0] in "IF":  # more than 8 bits: from the range of the training normals, as the detector does it
-    low, high = facts["processor"]["value_range"] or ((0, 65535) if image.mode[0] == "I" else (0, 1))
-    image = Image.fromarray(np.rint((np.clip((np.float64(image) - low) / (high - low), 0, 1)) * 255).astype(np.uint8))
+known, deep = facts["processor"]["value_range"], image.mode[0] in "IF"  # more than 8 bits: as the training normals
+low, high = known or ((0, 65535) if image.mode[0] == "I" else (0, 1))
+values = np.float64(image) if deep else np.zeros(1)
+if (deep < bool(known) or high > 2 and 0 < values.max() < (1.001 if known else 4096)  # floats up to 1, or 12 bits in 16
+        or not np.isfinite(values).all()):
+    sys.exit(f"{picture}: its values are of another kind than those that were learned; adiff detect says more")
+if deep:
+    image = Image.fromarray(np.rint((np.clip((values - low) / (high - low), 0, 1)) * 255).astype(np.uint8))
 if image.has_transparency_data:
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
 side, size = facts["processor"]["resize"], facts["processor"]["size"]  # squeezed to a square, then its centre
@@ -28,7 +32,6 @@ image = image.crop((margin, margin, margin + size, margin + size))
 inputs = {"inputs": np.asarray(image, np.float32).transpose(2, 0, 1)[None] / 127.5 - 1,
           "class_labels": np.array([facts["categories"].index(category)])}
 maps, scores = session.run(["maps", "scores"], {name: inputs[name] for name in facts["inputs"]})
-
 calibration = (facts["calibration"] or {}).get(category)
 verdict = "not calibrated" if not calibration else "anomalous" if scores[0] > calibration["threshold"] else "normal"
 print(f"score {scores[0]:.6f} {verdict}")
