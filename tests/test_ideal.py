@@ -239,4 +239,5 @@ def test_trained_and_ideal_are_fused(images, tmp_path, method):
     levels, (mean, std) = list(other.discrepancies), (detector.discrepancy.mean, detector.discrepancy.std)
     assert levels[-1] == "ideal" and first["threshold"] and (std != 1).all()
     maps = [(other.discrepancies[name] - mean[k].item()) / std[k].item() for k, name in enumerate(levels)]
-    assert np.allclose(other.maps, maps[0] + 2 * maps[1], atol=1e-3)
+    limited = np.minimum(*maps) if detector.discrepancy.config.limited else maps[0]
+    assert np.allclose(other.maps, limited + 4 * maps[1], atol=1e-3)
