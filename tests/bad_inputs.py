@@ -133,7 +133,7 @@ def is_json(text):
 def earlier_detections(out):
     "What an earlier, good detection left in `out`."
     (out / "overlays").mkdir(parents=True, exist_ok=True)
-    (out / "scores.csv").write_text("path,score\nearlier.png,0.5\n")
+    (out / "scores.csv").write_text("path,score,normalized_score\nearlier.png,0.5,1.0\n")
     (out / "overlays/earlier.png_overlay.png").write_bytes(png())
     return out
 

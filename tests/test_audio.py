@@ -322,7 +322,7 @@ def test_nothing_cancels_in_the_loudest_channel(kind):
                             for mix in ("average", "loudest"))
         assert loudest.max() > average.max() + 0.3
     mono = (SOUND, RATE)
-    assert torch.equal(kind(mix="loudest").load(mono), kind().load(mono))
+    assert torch.equal(kind(mix="average").load(mono), kind().load(mono)) and kind().mix == "loudest"
     assert sound_processor(json.loads(json.dumps(kind(mix="loudest").config()))) == kind(mix="loudest")
     with pytest.raises(InputError, match="mix"):
         kind(mix="mean")

@@ -255,6 +255,14 @@ def test_the_summary_says_what_matters(tmp_path):
         assert said in text, text
 
 
+def test_pictures_of_8_and_of_16_bits_are_not_mixed(tmp_path):
+    for number in range(4):
+        save(tmp_path / f"{number}.png")
+        Image.fromarray(np.full((64, 64), 3000, np.uint16)).save(tmp_path / f"{number}.tif")
+    with pytest.raises(InputError, match=r"\d\.tif: more than 8 bits, and .*\d\.png has 8; store all in the same way"):
+        fit("knn", tmp_path, tmp_path.parent / "run", device="cpu")
+
+
 @pytest.mark.parametrize("method", ["deco", "adiff", "knn", "padim"])
 def test_a_fiftieth_of_the_side_can_be_seen_by_default(tmp_path, method):
     tree(tmp_path, *numbered("{}.png", 3), size=(3000, 2000))

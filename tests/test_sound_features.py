@@ -167,7 +167,7 @@ def test_a_detector_from_fit_to_detection(method, overrides, folder, weights, tm
     assert metrics["mean"]["image_auroc"] == 1.0
     assert SoundFeatureCodec.note in metrics["notes"] and any("AudioSet's log-mel" in one for one in metrics["notes"])
     record = json.loads((tmp_path / "run/config.json").read_text())
-    assert record["processor"] == {"front_end": "audioset", "seconds": 2.0, "mix": "average"}
+    assert record["processor"] == {"front_end": "audioset", "seconds": 2.0, "mix": "loudest"}
     detector = AnomalyDetector.from_pretrained(tmp_path / "run/model")
     files = [str(folder / "test/good/000.wav"), str(folder / "test/high/000.wav")]
     began = time.process_time()

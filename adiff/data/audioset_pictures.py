@@ -70,7 +70,7 @@ class AudioSetPicture(SoundProcessor):
     """
 
     seconds: float = 4.0
-    mix: Mix = "average"
+    mix: Mix = "loudest"
     sample_rate: int = field(default=_rate, init=False)
 
     def __post_init__(self) -> None:

@@ -71,7 +71,7 @@ def _check_values(values: np.ndarray, name: object, value_range: Range | None) -
     low, high = float(values.min()), float(values.max())
     known = "" if value_range is None else "values from {:.4g} to {:.4g}".format(*value_range)
     if not math.isfinite(low + high):
-        raise InputError(f"{name}: some values are not finite numbers; replace them")
+        raise InputError(f"{name}: values from {low:.4g} to {high:.4g} are not finite numbers; replace them")
     if value_range and values.dtype.kind == "f" and 0 <= low and high <= 1 and value_range[1] > 2:
         raise InputError(f"{name}: floats in [0, 1], and the detector has learned {known}; give the camera's "
                          "own values")
@@ -165,17 +165,22 @@ def read_image(source: Any, value_range: Range | None = None) -> Image.Image:
 # %% ../../nbs/data/02_images.ipynb #6e1cf405
 def measure_range(paths: Sequence[AnyPath]) -> Range | None:
     "The range for images of more than 8 bits, from some hundred of `paths`; None if all have 8. Raises `InputError`."
-    ends = []
+    ends, shallow = {}, []
     for path in paths[::max(1, len(paths) // 200)]:
         file_size(path)
         with _explained(path), Image.open(path) as image:
-            if image.mode.startswith("I") or image.mode == "F":
-                values = np.asarray(image)
-                values = values[np.isfinite(values)]
-                ends.append(np.percentile(values, (0.1, 99.9)) if values.size else (0, 0))
+            if not (image.mode.startswith("I") or image.mode == "F"):
+                shallow.append(path)
+                continue
+            values = np.asarray(image)
+        if not np.isfinite(values).all():
+            raise InputError(f"{path}: some floating-point values are nan or infinite; replace them")
+        ends[path] = np.percentile(values, (0.1, 99.9))
     if not ends:
         return None
-    low, high = float(np.min(ends)), float(np.max(ends))
+    if shallow:
+        raise InputError(f"{next(iter(ends))}: more than 8 bits, and {shallow[0]} has 8; store all in the same way")
+    low, high = float(np.min([*ends.values()])), float(np.max([*ends.values()]))
     margin = (high - low) / 4 or 1.0
     return low - margin, high + margin
 

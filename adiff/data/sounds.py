@@ -78,7 +78,7 @@ def level_statistics(levels: Iterable[torch.Tensor]) -> tuple[torch.Tensor, torc
 Mix = Literal["average", "loudest"]  # channels: the mean waveform, or at each time and frequency the highest level
 
 
-MIX_NOTES = {"average": "", "loudest": "; of several channels the loudest at each time and frequency"}
+MIX_NOTES = {"average": "; several channels are averaged", "loudest": ""}
 
 
 def check_mix(mix: str) -> None:
@@ -104,7 +104,7 @@ class MelPicture:
     floor_db: float = -80.0
     mean: tuple | None = None
     std: tuple | None = None
-    mix: Mix = "average"
+    mix: Mix = "loudest"
 
     def __post_init__(self) -> None:
         hop = self.sample_rate * self.seconds / self.size

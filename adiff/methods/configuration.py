@@ -98,7 +98,7 @@ class DataConfig(BaseModel):
     mel_bands: int = Field(LogMel.size, ge=16, le=4096, description="of sounds; a window has as many time steps")
     n_fft: int = Field(LogMel.n_fft, ge=64, le=2**20, description="of sounds: samples per Fourier transform")
     mix: Mix = Field(
-        "average", description="of a sound's channels: their mean, or at each time and frequency the loudest")
+        LogMel.mix, description="of a sound's channels: the loudest at each time and frequency, or their average")
     front_end: Literal["log-mel", "audioset"] = Field(
         "log-mel", description="of sounds: a picture in decibels, or what sound-features was trained with (its "
         "default; then sample_rate, mel_bands and n_fft are fixed)")
