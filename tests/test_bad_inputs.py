@@ -6,6 +6,7 @@ import functools
 import io
 import json
 import os
+import re
 import resource
 import shutil
 import stat
@@ -195,13 +196,14 @@ def test_notebook(used, repository, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("section, folder", TOGETHER.items())
 def test_notebook_with_all_that_is_handled(kit, repository, tmp_path, section, folder):
-    handled = [entry for entry in CORPUS[section] if entry.outcome == "handled"]
+    handled = [entry for entry in CORPUS[section] if entry.outcome == "handled"
+               and not re.search("16 bits|floating", entry.name)]  # not beside 8 bits
     for number, entry in enumerate(handled):
         (tmp_path / str(number)).mkdir()
         use = entry.use(kit, tmp_path / str(number))
         shutil.copytree(tmp_path / str(number) / folder, tmp_path / "all/thing/train/good" / str(number), symlinks=True)
     for path in [*(tmp_path / "all").rglob("*.*")]:
-        shutil.move(path, tmp_path / "all/thing/train/good" / f"{path.parent.name}{path.name}")
+        shutil.move(path, tmp_path / "all/thing/train/good" / f"{path.parent.name}{path.name}".replace("good", "part"))
     shutil.copytree(tmp_path / "all/thing/train/good", tmp_path / "all/thing/test/odd")
     notebook, parameters = use.notebook
     found = run_notebook(repository, notebook,
