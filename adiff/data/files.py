@@ -223,8 +223,10 @@ def label_of(name: str) -> str | None:
     for meaning, pattern in _saying.items():
         text, count = re.subn(rf"\b(?:{pattern})\b", "|", text)
         said |= {meaning.strip()} if count else set()
-    if "mask" in said or said == {"anomalous", "mixed"}:
-        return "mask" if "mask" in said else "anomalous"
+    if "mask" in said:
+        return "mask"
+    if said == {"anomalous", "mixed"}:
+        return "anomalous"
     return "mixed" if len(said) > 1 else next(iter(said), None)
 
 # %% ../../nbs/data/00_files.ipynb #786e643a

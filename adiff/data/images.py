@@ -180,7 +180,7 @@ def measure_range(paths: Sequence[AnyPath]) -> Range | None:
         return None
     if shallow:
         raise InputError(f"{next(iter(ends))}: more than 8 bits, and {shallow[0]} has 8; store all in the same way")
-    low, high = float(np.min([*ends.values()])), float(np.max([*ends.values()]))
+    low, high = float(min(low for low, _ in ends.values())), float(max(high for _, high in ends.values()))
     margin = (high - low) / 4 or 1.0
     return low - margin, high + margin
 
